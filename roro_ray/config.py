@@ -1,0 +1,189 @@
+"""One tree of typed settings. Defaults live here only; YAML files and `key=value` overrides come on top."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+STEP_DELIMITER = "\n\n"
+
+
+@dataclass
+class ModelConfig:
+    """One model of the pool."""
+
+    name: str = "small"  # shown in reports
+    path: str = "world:small"  # a directory in Hugging Face format, or world:NAME for a shipped one
+    engine: str = "hf"  # which engine runs it
+    device: str = "cpu"  # torch device
+    dtype: str = "float32"  # torch dtype of the weights
+
+
+@dataclass
+class PoolConfig:
+    """The models, cheap to dear, and how they decode."""
+
+    models: list[ModelConfig] = field(
+        default_factory=lambda: [ModelConfig("small", "world:small"), ModelConfig("large", "world:large")]
+    )
+    batch_size: int = 256  # most requests in one forward pass
+    memo_entries: int = 400_000  # greedy steps remembered per model; 0 turns the memo off
+    placement: str = "colocated"  # colocated: engines inside each rollout worker; actors: one actor per model
+
+
+@dataclass
+class DataConfig:
+    """Which queries each stage uses."""
+
+    suites: list[str] = field(default_factory=lambda: ["chain", "word", "long", "list", "clock"])
+    train_queries: int = 80  # per suite, for collection and reward learning
+    router_queries: int = 400  # per suite, router training draws from these
+    validation_queries: int = 50  # per suite
+    test_queries: int = 100  # per suite
+    seed: int = 0  # seed of the query streams
+
+
+@dataclass
+class EpisodeConfig:
+    """Limits of one episode."""
+
+    max_steps: int = 16  # steps, the answer included
+    max_step_tokens: int = 48  # tokens of one step
+    max_tokens: int = 1024  # tokens of a whole trajectory
+    max_repeats: int = 3  # the same step text this often in a row ends the episode
+    temperature: float = 0.0  # 0 is greedy
+    timeout_s: float = 600.0  # deadline of one batch of episodes
+
+
+@dataclass
+class CollectConfig:
+    """Which strategies stage 1 rolls out for each query, and how many rollouts of each."""
+
+    strategies: list[str] = field(
+        default_factory=lambda: [
+            "fixed:0",
+            "fixed:1",
+            "random:0.2",
+            "random:0.4",
+            "random:0.6",
+            "threshold:0.9",
+            "blocks:2",
+            "periodic:3",
+        ]
+    )
+    rollouts: int = 1  # per strategy and query
+    shard_queries: int = 40  # queries per Parquet file
+
+
+@dataclass
+class PairsConfig:
+    """How preference pairs are built."""
+
+    folds: int = 4  # disjoint by query; the last one is held out
+    cost_margin: float = 0.15  # least difference in large share of a cost pair
+    process_margin: float = 0.1  # least difference in process quality of a process pair
+    process_cost_slack: float = 0.15  # largest difference in large share of a process pair
+    process_source: str = "interventions"  # interventions | agreement
+    continuations: int = 1  # continuations per intervention where decoding samples
+    max_per_query: int = 16  # pairs kept per query and kind
+
+
+@dataclass
+class RewardConfig:
+    """Rubricor and Judge: shapes, warm start and alternating optimisation."""
+
+    rubricor: str = "world:rubricor"  # warm-started weights
+    judge: str = "world:judge"
+    rounds: int = 2  # alternations
+    judge_updates: int = 10  # per round
+    rubricor_updates: int = 40  # per round
+    queries_per_update: int = 16
+    rubrics_per_query: int = 8  # group size of the Rubricor phase
+    verdicts_per_pair: int = 8  # group size of the Judge phase
+    learning_rate: float = 5e-4
+    entropy: float = 0.03  # entropy bonus
+    kind_weights: dict[str, float] = field(default_factory=lambda: {"outcome": 4.0, "cost": 1.0, "process": 1.0})
+    score_scale: float = 0.1  # temperature of sigmoid(score difference / scale)
+    min_criteria: int = 3
+    max_criteria: int = 7
+    rubric_source: str = "learned"  # learned | warm | random | fixed
+    queue_size: int = 4096  # trajectories waiting in the reward service
+    timeout_s: float = 120.0  # deadline of one scoring call
+
+
+@dataclass
+class RouterConfig:
+    """The router network and its training by GRPO."""
+
+    encoder: str = "world:encoder"  # causal LM that reads the text so far; empty: scalar signals only
+    hidden: int = 64  # width of the decision head
+    prior: float = 0.25  # probability of a dearer model before training
+    peek: str = "none"  # none | first_token | step
+    iterations: int = 30
+    queries: int = 16  # per iteration
+    group_size: int = 8  # rollouts per query
+    cost_weight_low: float = 0.1  # drawn per group, log-uniform
+    cost_weight_high: float = 0.6
+    beta: float = 1.0  # weight of the process reward; 0 is the outcome-only control
+    credit: str = "trajectory"  # trajectory | step
+    normalisation: str = "dr_grpo"  # dr_grpo | group | dapo
+    head_lr: float = 2e-3
+    encoder_lr: float = 5e-4
+    clip: float = 0.2  # PPO ratio clip
+    grad_clip: float = 1.0
+    entropy: float = 0.02  # entropy bonus
+    max_lag: int = 0  # router versions that a rollout may be behind; 0 is strictly on-policy
+    workers: int = 1  # Ray Train workers
+    checkpoint_every: int = 5  # iterations
+    max_failures: int = 2  # restarts of the Train workers
+
+
+@dataclass
+class EvaluateConfig:
+    """Frontier sweeps and intervals."""
+
+    cost_weights: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0])
+    random_shares: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+    thresholds: int = 9  # thresholds of every threshold method, quantiles of its signal on validation
+    bootstrap: int = 1000  # resamples over queries
+    accuracy_slack: float = 0.01  # operating point: cheapest within this of the large model on validation
+    every: int = 10  # router iterations between points of the learning curve
+
+
+@dataclass
+class RayConfig:
+    """What to ask of Ray."""
+
+    address: str = "auto"  # auto: join a running cluster named by RAY_ADDRESS, else start one; local: always start
+    workers: int = 2  # rollout workers
+    worker_cpus: float = 0.5  # logical CPUs of each rollout worker
+    learner_cpus: float = 0.5
+    reward_cpus: float = 0.5
+    object_store_mb: int = 256  # of a cluster that we start
+    timeout_s: float = 120.0  # deadline of ready() calls
+    concurrency: int = 256  # concurrent episodes per worker
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases, beside metrics.jsonl."""
+
+    mode: str = "disabled"  # disabled | offline | online
+    project: str = "roro_ray"
+
+
+@dataclass
+class Config:
+    """Everything that a run needs; saved resolved in the run directory."""
+
+    run_dir: str = "runs/demo"  # where everything of this run goes
+    seed: int = 0
+    pool: PoolConfig = field(default_factory=PoolConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    episode: EpisodeConfig = field(default_factory=EpisodeConfig)
+    collect: CollectConfig = field(default_factory=CollectConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)

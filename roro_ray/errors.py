@@ -1,0 +1,48 @@
+"""Errors of the project. A message says what happened, what was got, what was expected and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RoroError(Exception):
+    """Base of every error that this project raises on purpose; each also inherits the standard one."""
+
+
+class ConfigError(RoroError, ValueError):
+    """A configuration key or value is wrong."""
+
+
+class DataError(RoroError, ValueError):
+    """A file or a record is unreadable, truncated or of another schema."""
+
+
+class RubricError(RoroError, ValueError):
+    """A rubric does not parse or names what its query does not contain."""
+
+
+class CheckpointError(RoroError, ValueError):
+    """A checkpoint is incomplete or of another shape than the model that it should fill."""
+
+
+class EngineError(RoroError, RuntimeError):
+    """An engine could not load its model or generate a step."""
+
+
+class ResourceError(RoroError, RuntimeError):
+    """The cluster can never give the resources asked for."""
+
+
+class DeadlineError(RoroError, TimeoutError):
+    """A remote call did not answer in its time."""
+
+
+class QueueFullError(RoroError, RuntimeError):
+    """A bounded queue refused a request; try again later."""
+
+
+def did_you_mean(got: str, allowed: Iterable[str]) -> str:
+    """A suggestion such as ` (did you mean 'chain'?)`, or nothing where no name is near."""
+    near = difflib.get_close_matches(str(got), list(allowed), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -1,0 +1,198 @@
+"""The nouns of routing, in the order in which a reader meets them.
+
+A router sends each step of a query to one model of a pool. Model indices run from cheap to dear:
+0 is the cheapest ("small"), the last one the dearest ("large").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+
+class Peek(StrEnum):
+    """What of the cheapest model's next step the router sees before it decides."""
+
+    NONE = "none"
+    FIRST_TOKEN = "first_token"
+    STEP = "step"
+
+
+class PairKind(StrEnum):
+    """By what a preference pair was ordered."""
+
+    OUTCOME = "outcome"
+    COST = "cost"
+    PROCESS = "process"
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A problem to solve; `answer` is the gold answer and is never shown to router, Rubricor or Judge."""
+
+    id: str
+    suite: str
+    split: str
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What was computed, in tokens and FLOPs.
+
+    `flops` counts 2 x parameters for every token decoded or prefilled, by every model touched, the router
+    included; `flops_decode` only the tokens decoded into kept or discarded text (the papers' convention).
+    """
+
+    tokens_in: int = 0
+    tokens_out: int = 0
+    flops: float = 0.0
+    flops_decode: float = 0.0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.tokens_in + other.tokens_in,
+            self.tokens_out + other.tokens_out,
+            self.flops + other.flops,
+            self.flops_decode + other.flops_decode,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One routing decision: the model chosen, the policy's probabilities over the pool, and who decided.
+
+    `version` is the version of the router's weights that decided (-1 for a policy without weights).
+    """
+
+    model: int
+    log_prob: float
+    probabilities: tuple[float, ...]
+    version: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of a solution: who wrote it, what, how sure, at what cost and by which decision.
+
+    `text` has no trailing delimiter. `confidence` is the mean probability of the step's tokens under the
+    model that wrote it, `confidence_min` the smallest. `finish` is `delimiter`, `stop` (end of sequence) or
+    `length` (token limit). `discarded` counts the tokens of a draft that was thrown away before this step.
+    `features` are the scalar signals that the router saw when it decided (see `routing.observation`).
+    """
+
+    model: int
+    text: str
+    tokens: int
+    confidence: float
+    confidence_min: float
+    finish: str
+    decision: Decision
+    usage: Usage
+    discarded: int = 0
+    features: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """One routed solution of one query.
+
+    `correct` is None where the answer could not be scored (an error value, never False). `end` says why the
+    episode stopped: `answer`, `step_limit`, `token_limit`, `repeated`, `empty`.
+    """
+
+    id: str
+    query_id: str
+    suite: str
+    strategy: str
+    seed: int
+    cost_weight: float
+    steps: tuple[Step, ...]
+    answer: str | None
+    correct: bool | None
+    end: str
+    usage: Usage
+
+    @property
+    def models(self) -> tuple[int, ...]:
+        """Who wrote each step."""
+        return tuple(step.model for step in self.steps)
+
+    @property
+    def large_share(self) -> float:
+        """Share of steps written by a model other than the cheapest, weighted by its index in the pool."""
+        if not self.steps:
+            return 0.0
+        top = max(len(self.steps[0].decision.probabilities) - 1, 1)
+        return sum(step.model for step in self.steps) / (top * len(self.steps))
+
+
+@dataclass(frozen=True, slots=True)
+class Criterion:
+    """One yes/no question of a rubric about how the query's steps should be routed.
+
+    `label` names the step that the criterion is about (`B`), or is None where it is about the whole
+    trajectory; `model` is `small` or `large` where the criterion says who should write it.
+    """
+
+    text: str
+    weight: float
+    label: str | None = None
+    model: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rubric:
+    """Three to seven weighted criteria for one query, and the version of the Rubricor that wrote them."""
+
+    query_id: str
+    criteria: tuple[Criterion, ...]
+    text: str
+    version: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The Judge's reading of one trajectory under one rubric.
+
+    `score` in [-1, 1] is sum_k w_k (p_k(yes) - p_k(no)) / sum_k w_k; `step_scores` credits each step with the
+    criteria that name it (0 where none does). `error` is None, or why no score could be given: then `score`
+    is NaN and the trajectory must be dropped, not scored 0.
+    """
+
+    score: float
+    yes: tuple[float, ...] = ()
+    step_scores: tuple[float, ...] = ()
+    error: str | None = None
+    version: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """Two trajectories of one query, the preferred one first, and the kind of evidence that ordered them."""
+
+    query_id: str
+    suite: str
+    fold: int
+    kind: PairKind
+    preferred: str
+    rejected: str
+    margin: float
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """G rollouts of one query at one cost weight under one rubric: the unit in which advantages are centred."""
+
+    id: int
+    query: Query
+    cost_weight: float
+    trajectories: tuple[Trajectory, ...]
+    verdicts: tuple[Verdict, ...] = ()
+    weights_version: int = -1
+    errors: tuple[str, ...] = field(default=())
+
+    def with_verdicts(self, verdicts: tuple[Verdict, ...]) -> Group:
+        """The same group with the Judge's verdicts, one per trajectory."""
+        return replace(self, verdicts=verdicts)
