@@ -99,7 +99,8 @@ class Trajectory:
     """One routed solution of one query.
 
     `correct` is None where the answer could not be scored (an error value, never False). `end` says why the
-    episode stopped: `answer`, `step_limit`, `token_limit`, `repeated`, `empty`.
+    episode stopped: `answer`, `stop` (a model ended its text without an answer), `step_limit`, `token_limit`,
+    `repeated`, `empty`.
     """
 
     id: str
