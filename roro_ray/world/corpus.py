@@ -26,6 +26,7 @@ from roro_ray.world.tasks import (
 )
 
 IGNORED = -100
+Document = tuple[list[int], list[int]]  # token ids of the prompt and of the solution
 _DRILL_LINES = 11
 _BUFFER_BATCHES = 8
 
@@ -48,9 +49,7 @@ def _draw_train_program(rng: random.Random, spec: CorpusSpec) -> Program:
     while True:
         program = draw_program(rng, rng.choice(SUITES))
         if rng.random() < spec.all_easy:
-            easy = tuple(
-                draw_operation(rng, False, program.modulus) if op.is_hard else op for op in program.operations
-            )
+            easy = tuple(draw_operation(rng, False, program.modulus) if op.is_hard else op for op in program.operations)
             program = replace(program, operations=easy)
         if split_of(render_query(program)) == "train":
             return program
@@ -89,7 +88,7 @@ def draw_batches(
     rng = random.Random(seed)
     eos = tokenizer.eos_token_id
     while True:
-        documents = []
+        documents: list[Document] = []
         total = 0
         while total < batch_tokens * _BUFFER_BATCHES:
             prompt, solution = draw_document(rng, spec)
@@ -102,8 +101,8 @@ def draw_batches(
             yield _collate(batch, tokenizer.pad_token_id)
 
 
-def _split(documents: list, batch_tokens: int, rng: random.Random) -> list[list]:
-    batches: list[list] = [[]]
+def _split(documents: list[Document], batch_tokens: int, rng: random.Random) -> list[list[Document]]:
+    batches: list[list[Document]] = [[]]
     size = 0
     for head, tail in documents:
         if size >= batch_tokens:
@@ -115,7 +114,7 @@ def _split(documents: list, batch_tokens: int, rng: random.Random) -> list[list]
     return batches
 
 
-def _collate(batch: list, pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _collate(batch: list[Document], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     width = max(len(head) + len(tail) for head, tail in batch)
     ids = torch.full((len(batch), width), pad)
     mask = torch.zeros_like(ids)

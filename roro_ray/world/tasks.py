@@ -228,7 +228,8 @@ def draw_programs(suite: str, split: str, seed: int) -> Iterator[Program]:
     """
     for what, got, allowed in (("suite", suite, SUITES), ("split", split, SPLITS)):
         if got not in allowed:
-            raise ConfigError(f"unknown {what} {got!r}: expected one of {', '.join(allowed)}{did_you_mean(got, allowed)}")
+            hint = did_you_mean(got, allowed)
+            raise ConfigError(f"unknown {what} {got!r}: expected one of {', '.join(allowed)}{hint}")
     rng = random.Random(f"{suite}/{split}/{seed}")
     seen = set()
     while True:

@@ -36,7 +36,9 @@ class Lookahead(torch.nn.Module):
         super().__init__()
         self.heads = torch.nn.ModuleList(torch.nn.Linear(width, vocab) for _ in range(depth))
 
-    def forward(self, hidden_BTC: torch.Tensor, ids_BT: torch.Tensor, labels_BT: torch.Tensor, boundary: int):
+    def forward(
+        self, hidden_BTC: torch.Tensor, ids_BT: torch.Tensor, labels_BT: torch.Tensor, boundary: int
+    ) -> torch.Tensor:
         """Mean cross-entropy of the tokens 1..K after every boundary token."""
         rows, columns = (ids_BT == boundary).nonzero(as_tuple=True)
         padded = F.pad(labels_BT, (0, len(self.heads)), value=IGNORED)
@@ -50,7 +52,8 @@ class Lookahead(torch.nn.Module):
 
 def make_optimizers(parameters: Iterable[tuple[str, torch.nn.Parameter]], lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for embeddings, heads and norms."""
-    matrices, others = [], []
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in parameters:
         inner = parameter.ndim == 2 and "embed" not in name and "head" not in name
         (matrices if inner else others).append(parameter)
@@ -85,7 +88,8 @@ def train_model(spec: ModelSpec, seed: int, report_every: int = 200) -> tuple[Pr
     for update, (ids, mask, labels) in enumerate(itertools.islice(batches, updates)):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             output = model(input_ids=ids, attention_mask=mask, output_hidden_states=lookahead is not None)
-        loss = F.cross_entropy(output.logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+        logits = output.logits[:, :-1].float().flatten(0, 1)
+        loss = F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORED)
         if lookahead is not None:
             loss = loss + lookahead(output.hidden_states[-1], ids, labels, boundary)
         loss.backward()
@@ -102,10 +106,10 @@ def train_model(spec: ModelSpec, seed: int, report_every: int = 200) -> tuple[Pr
     return model.eval(), losses
 
 
-def save_model(name: str, spec: ModelSpec, model: PreTrainedModel, facts: dict, directory: Path) -> Path:
+def save_model(name: str, spec: ModelSpec, model: PreTrainedModel, facts: dict[str, object], directory: Path) -> Path:
     """Save fp16 safetensors, tokenizer and `facts.json` (seed, seconds, losses) under `directory / name`."""
     path = directory / name
-    model.to(torch.float16).save_pretrained(path)
+    model.half().save_pretrained(path)
     make_tokenizer_for(spec).save_pretrained(path)
     (path / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
     return path
@@ -121,7 +125,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     for name in arguments.models:
         if name not in MODELS:
-            raise ConfigError(f"unknown model {name!r}: expected one of {', '.join(MODELS)}{did_you_mean(name, MODELS)}")
+            hint = did_you_mean(name, MODELS)
+            raise ConfigError(f"unknown model {name!r}: expected one of {', '.join(MODELS)}{hint}")
     for name in arguments.models:
         spec = replace(MODELS[name], tokens=int(MODELS[name].tokens * arguments.scale))
         start = time.perf_counter()
