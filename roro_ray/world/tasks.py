@@ -189,10 +189,7 @@ def render_query(program: Program) -> str:
 
 def draw_operation(rng: random.Random, hard: bool, modulus: int) -> Operation:
     """Draw one easy or one hard operation."""
-    if hard:
-        kind = rng.choice(_HARD)
-    else:
-        kind = rng.choices(list(_EASY_WEIGHTS), list(_EASY_WEIGHTS.values()))[0]
+    kind = rng.choice(_HARD) if hard else rng.choices(list(_EASY_WEIGHTS), list(_EASY_WEIGHTS.values()))[0]
     if kind in ("add1", "sub1"):
         return Operation(kind[:3], rng.randint(1, 9))
     if kind in ("add2", "sub2"):
