@@ -63,13 +63,15 @@ class Usage:
 class Decision:
     """One routing decision: the model chosen, the policy's probabilities over the pool, and who decided.
 
-    `version` is the version of the router's weights that decided (-1 for a policy without weights).
+    `version` is the version of the router's weights that decided (-1 for a policy without weights). `signal` is
+    what a threshold rule compared with its threshold, where it had one.
     """
 
     model: int
     log_prob: float
     probabilities: tuple[float, ...]
     version: int = -1
+    signal: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,9 +48,9 @@ class TrainedPolicy(Policy, Protocol):
         ...
 
 
-def choose_model(model: int, pool_size: int) -> Decision:
-    """A certain decision."""
-    return Decision(model, 0.0, tuple(float(index == model) for index in range(pool_size)))
+def choose_model(model: int, pool_size: int, signal: float | None = None) -> Decision:
+    """A certain decision, and the signal that it was read from."""
+    return Decision(model, 0.0, tuple(float(index == model) for index in range(pool_size)), signal=signal)
 
 
 class _Rule:
@@ -129,7 +129,8 @@ class ConfidencePolicy(_Rule):
     async def decide(self, observation: Observation) -> Decision:
         assert observation.peek is not None, "the episode loop must peek a step for this policy"
         _, confidence = measure_confidence(observation.peek.log_probs)
-        return choose_model(observation.pool_size - 1 if confidence < self.threshold else 0, observation.pool_size)
+        dear = confidence < self.threshold
+        return choose_model(observation.pool_size - 1 if dear else 0, observation.pool_size, confidence)
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,8 @@ class GlimpsePolicy(_Rule):
 
     async def decide(self, observation: Observation) -> Decision:
         assert observation.peek is not None, "the episode loop must peek a token for this policy"
-        dear = observation.peek.first_entropy > self.threshold
-        return choose_model(observation.pool_size - 1 if dear else 0, observation.pool_size)
+        entropy = observation.peek.first_entropy
+        return choose_model(observation.pool_size - 1 if entropy > self.threshold else 0, observation.pool_size, entropy)
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ class DraftVerifyPolicy(_Rule):
         scores = await self.pool.engines[top].score_choices(observation.prefix, (text,))
         observation.ledger.charge_verification(top, scores.prefix_tokens, scores.tokens[0])
         likely = math.exp(scores.log_probs[0] / max(scores.tokens[0], 1))
-        return choose_model(top if likely < self.threshold else 0, observation.pool_size)
+        return choose_model(top if likely < self.threshold else 0, observation.pool_size, likely)
 
 
 def _read_float(strategy: str, text: str, low: float, high: float) -> float:
