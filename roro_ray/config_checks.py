@@ -1,0 +1,188 @@
+"""What no type can say about the settings: ranges, choices, contradictions, and settings that would be ignored.
+
+Each message names the key, the value, what was expected and what to do; a contradiction names both keys.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection
+from functools import reduce
+from typing import Any
+
+from roro_ray.config import Config
+from roro_ray.errors import ConfigError, did_you_mean
+from roro_ray.types import PairKind, Peek
+from roro_ray.world.tasks import SUITES
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "pool.placement": ("colocated", "actors"),
+    "pairs.process_source": ("interventions", "agreement"),
+    "reward.rubric_source": ("learned", "warm", "random", "fixed"),
+    "router.peek": tuple(peek.value for peek in Peek),
+    "router.credit": ("trajectory", "step"),
+    "router.normalisation": ("dr_grpo", "group", "dapo"),
+    "wandb.mode": ("disabled", "offline", "online"),
+}
+_AT_LEAST_ONE = (
+    "pool.batch_size",
+    "data.train_queries",
+    "data.router_queries",
+    "data.validation_queries",
+    "data.test_queries",
+    "episode.max_steps",
+    "episode.max_step_tokens",
+    "episode.max_tokens",
+    "episode.max_repeats",
+    "collect.rollouts",
+    "collect.shard_queries",
+    "pairs.continuations",
+    "pairs.max_per_query",
+    "reward.queries_per_update",
+    "reward.min_criteria",
+    "reward.queue_size",
+    "router.hidden",
+    "router.iterations",
+    "router.queries",
+    "router.workers",
+    "router.checkpoint_every",
+    "evaluate.thresholds",
+    "evaluate.bootstrap",
+    "evaluate.every",
+    "ray.workers",
+    "ray.concurrency",
+)
+_AT_LEAST_TWO = ("pairs.folds", "reward.rubrics_per_query", "reward.verdicts_per_pair", "router.group_size")
+_NOT_NEGATIVE = (
+    "pool.memo_entries",
+    "episode.temperature",
+    "reward.rounds",
+    "reward.judge_updates",
+    "reward.rubricor_updates",
+    "reward.entropy",
+    "router.beta",
+    "router.entropy",
+    "router.max_lag",
+    "router.max_failures",
+    "evaluate.accuracy_slack",
+)
+_POSITIVE = (
+    "episode.timeout_s",
+    "reward.learning_rate",
+    "reward.score_scale",
+    "reward.timeout_s",
+    "router.cost_weight_low",
+    "router.cost_weight_high",
+    "router.head_lr",
+    "router.encoder_lr",
+    "router.clip",
+    "router.grad_clip",
+    "ray.worker_cpus",
+    "ray.learner_cpus",
+    "ray.reward_cpus",
+    "ray.object_store_mb",
+    "ray.timeout_s",
+)
+# (smaller, larger): the first may not exceed the second.
+_ORDERED = (
+    ("router.cost_weight_low", "router.cost_weight_high"),
+    ("reward.min_criteria", "reward.max_criteria"),
+    ("episode.max_step_tokens", "episode.max_tokens"),
+)
+
+
+def get_setting(settings: Config, key: str) -> Any:
+    """The value at a dotted key."""
+    return reduce(getattr, key.split("."), settings)
+
+
+def check_config(settings: Config) -> None:
+    """Refuse settings that cannot work.
+
+    Raises:
+        ConfigError: names the key or both keys, the values, and what to do.
+    """
+    for key, allowed in _CHOICES.items():
+        _check_choice(key, str(get_setting(settings, key)), allowed)
+    for least, keys in ((1, _AT_LEAST_ONE), (2, _AT_LEAST_TWO), (0, _NOT_NEGATIVE)):
+        for key in keys:
+            if get_setting(settings, key) < least:
+                raise ConfigError(f"{key}: got {get_setting(settings, key)}, expected at least {least}.")
+    for key in _POSITIVE:
+        if not get_setting(settings, key) > 0:
+            raise ConfigError(f"{key}: got {get_setting(settings, key)}, expected more than 0.")
+    for low, high in _ORDERED:
+        small, large = get_setting(settings, low), get_setting(settings, high)
+        if small > large:
+            raise ConfigError(f"{low}={small} and {high}={large} contradict each other: raise {high} or lower {low}.")
+    _check_lists(settings)
+    _check_relations(settings)
+
+
+def _check_choice(key: str, got: str, allowed: Collection[str]) -> None:
+    if got not in allowed:
+        raise ConfigError(f"{key}: got {got!r}, expected one of {', '.join(allowed)}{did_you_mean(got, allowed)}.")
+
+
+def _check_lists(settings: Config) -> None:
+    if not settings.data.suites:
+        raise ConfigError(f"data.suites is empty: name at least one of {', '.join(SUITES)}.")
+    for suite in settings.data.suites:
+        _check_choice("data.suites", suite, SUITES)
+    for key in ("data.suites", "collect.strategies"):
+        values = get_setting(settings, key)
+        repeated = sorted({value for value in values if values.count(value) > 1})
+        if repeated:
+            raise ConfigError(f"{key} names {', '.join(repeated)} twice: each entry may stand there once.")
+    if not settings.collect.strategies:
+        raise ConfigError("collect.strategies is empty: give at least two, such as [fixed:0,fixed:1].")
+    kinds = {kind.value for kind in PairKind}
+    for kind, weight in settings.reward.kind_weights.items():
+        _check_choice("reward.kind_weights", kind, kinds)
+        if weight < 0:
+            raise ConfigError(f"reward.kind_weights: {kind}={weight}, expected 0 or more.")
+    for key in ("evaluate.cost_weights", "evaluate.random_shares"):
+        if not get_setting(settings, key):
+            raise ConfigError(f"{key} is empty: a frontier needs at least one point.")
+
+
+def _check_relations(settings: Config) -> None:
+    if len(settings.pool.models) < 2:
+        raise ConfigError(
+            f"pool.models has {len(settings.pool.models)} model(s), expected at least 2, cheap to dear: "
+            "with one model there is nothing to route."
+        )
+    if not 0 < settings.router.prior < 1:
+        raise ConfigError(f"router.prior: got {settings.router.prior}, expected a probability between 0 and 1.")
+    drawn = len(settings.data.suites) * settings.data.router_queries
+    if settings.router.queries > drawn:
+        raise ConfigError(
+            f"router.queries={settings.router.queries} and data.router_queries={settings.data.router_queries} "
+            f"contradict each other: an iteration cannot draw more than the {drawn} queries there are. "
+            "Lower the first or raise the second."
+        )
+    if "://" in settings.run_dir:
+        raise ConfigError(
+            f"run_dir: got {settings.run_dir!r}, expected a local path (on a cluster: one on a shared file system); "
+            "checkpoints rely on rename being atomic."
+        )
+
+
+def warn_ignored(settings: Config, explicit: Collection[str]) -> None:
+    """Warn of every setting that the user gave and that another setting makes idle."""
+    greedy = settings.episode.temperature == 0
+    rules = (
+        (greedy, "pairs.continuations", "episode.temperature=0: greedy decoding repeats itself"),
+        (settings.pairs.process_source != "interventions", "pairs.continuations", "pairs.process_source=agreement"),
+        (not greedy, "pool.memo_entries", "episode.temperature > 0: only greedy steps are remembered"),
+        (settings.router.beta == 0, "router.credit", "router.beta=0: there is no process reward to credit"),
+        (not settings.router.encoder, "router.encoder_lr", "router.encoder is empty"),
+        (settings.wandb.mode == "disabled", "wandb.project", "wandb.mode=disabled"),
+        *(
+            (settings.reward.rubric_source != "learned", key, f"reward.rubric_source={settings.reward.rubric_source}")
+            for key in ("reward.rounds", "reward.judge_updates", "reward.rubricor_updates")
+        ),
+    )
+    for idle, key, reason in rules:
+        if idle and key in explicit:
+            warnings.warn(f"{key}={get_setting(settings, key)} will be ignored ({reason}).", stacklevel=3)
