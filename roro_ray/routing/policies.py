@@ -157,7 +157,8 @@ class GlimpsePolicy(_Rule):
     async def decide(self, observation: Observation) -> Decision:
         assert observation.peek is not None, "the episode loop must peek a token for this policy"
         entropy = observation.peek.first_entropy
-        return choose_model(observation.pool_size - 1 if entropy > self.threshold else 0, observation.pool_size, entropy)
+        dear = entropy > self.threshold
+        return choose_model(observation.pool_size - 1 if dear else 0, observation.pool_size, entropy)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,275 @@
+"""The router network: text so far and scalar signals in, logits over the pool out.
+
+A causal language model (tiny by default, or none) reads the query and the steps; its state at the last token
+before each step, joined with that step's scalar signals, goes through a small MLP. Because the encoder is
+causal, one forward pass over a finished trajectory gives every decision's logits, equal to those computed
+step by step: training costs the trajectory's length, not its square. There is no dropout, and the weights are
+float32, so that learner and rollout workers compute the same probabilities.
+
+Axes: B trajectories, T text tokens, D decisions, F features, C encoder width, N models of the pool.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from roro_ray.config import RouterConfig
+from roro_ray.errors import CheckpointError, ConfigError, did_you_mean
+from roro_ray.routing.observation import FEATURE_NAMES
+from roro_ray.types import Peek
+
+_FACTS_FILE = "router.json"
+_WEIGHTS_FILE = "router.safetensors"
+_ENCODER_DIR = "encoder"
+_PIECES_KEPT = 200_000
+
+
+class PieceTokenizer:
+    """Token ids of a text made piece by piece, so that ids of a prefix are a prefix of the ids of the whole.
+
+    Tokenising the whole text anew at each decision could merge tokens across a boundary, and costs more: most
+    pieces (a query, a greedy step) come again and again, and are remembered.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self._tokenizer = tokenizer
+        self._ids: dict[str, tuple[int, ...]] = {}
+
+    def encode(self, piece: str) -> tuple[int, ...]:
+        """The ids of one piece; none at all for a router without an encoder."""
+        if self._tokenizer is None:
+            return ()
+        ids = self._ids.get(piece)
+        if ids is None:
+            if len(self._ids) >= _PIECES_KEPT:
+                self._ids.clear()
+            ids = self._ids[piece] = tuple(self._tokenizer(piece, add_special_tokens=False)["input_ids"])
+        return ids
+
+
+class RouterNetwork(torch.nn.Module):
+    """Encoder and decision head.
+
+    Args:
+        body: a causal LM without its output layer, or None for scalar signals only.
+        tokenizer: of the body.
+        prior: probability of a dearer model before training; the last layer starts near zero, so that every
+            text starts with it.
+        peek: what the policy made of this network looks at.
+    """
+
+    def __init__(
+        self,
+        body: PreTrainedModel | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        pool_size: int,
+        hidden: int,
+        prior: float,
+        peek: Peek = Peek.NONE,
+    ) -> None:
+        super().__init__()
+        self.body = body
+        self.tokenizer = tokenizer
+        self.pieces = PieceTokenizer(tokenizer)
+        self.pool_size = pool_size
+        self.hidden = hidden
+        self.prior = prior
+        self.peek = peek
+        self.version = 0
+        self.width = 0 if body is None else int(body.config.hidden_size)
+        self.head = torch.nn.Sequential(
+            torch.nn.Linear(self.width + len(FEATURE_NAMES), hidden),
+            torch.nn.GELU(),
+            torch.nn.Linear(hidden, pool_size),
+        )
+        last = cast(torch.nn.Linear, self.head[-1])
+        torch.nn.init.normal_(last.weight, std=0.01)
+        with torch.no_grad():
+            last.bias.fill_(math.log(prior / (pool_size - 1)))
+            last.bias[0] = math.log(1 - prior)
+
+    @property
+    def flops_per_token(self) -> float:
+        """2 x the encoder's parameters; the head runs once a decision and is not counted."""
+        return 0.0 if self.body is None else 2.0 * sum(parameter.numel() for parameter in self.body.parameters())
+
+    def encode(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, T, C] of right-padded texts.
+
+        Attention is causal and padding comes last, so no real position sees it and no mask is needed.
+        """
+        assert self.body is not None, "a router without an encoder has no states"
+        states: torch.Tensor = self.body(input_ids=ids_BT, use_cache=False).last_hidden_state
+        return states
+
+    def decide(self, states_C: torch.Tensor | None, features_F: torch.Tensor) -> torch.Tensor:
+        """Logits [.., N] from boundary states [.., C] (None without encoder) and features [.., F]."""
+        if states_C is None:
+            return cast(torch.Tensor, self.head(features_F))
+        # Without its scale the state would drown the features, which lie in [0, 1].
+        return cast(torch.Tensor, self.head(torch.cat([F.layer_norm(states_C, (self.width,)), features_F], dim=-1)))
+
+    def forward(
+        self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, boundary_BD: torch.Tensor, features_BDF: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits [B, D, N] of every decision of every trajectory, in one pass.
+
+        Args:
+            mask_BT: True at real tokens; padding must be on the right (then attention needs no mask).
+            boundary_BD: position of the last token before each decision, -1 where a row has fewer decisions
+                (the logits there mean nothing).
+        """
+        if self.body is None:
+            return self.decide(None, features_BDF)
+        assert bool(mask_BT[:, 0].all()), "texts must be padded on the right"
+        states_BTC = self.encode(ids_BT)
+        rows_B1 = torch.arange(len(ids_BT), device=ids_BT.device).unsqueeze(1)
+        return self.decide(states_BTC[rows_B1, boundary_BD.clamp(min=0)], features_BDF)
+
+
+def make_router(config: RouterConfig, pool_size: int) -> RouterNetwork:
+    """An untrained router for a pool (seed torch before the call: the head is drawn at random).
+
+    Raises:
+        ConfigError: a pool of fewer than two models, a bad prior, width or peek, or no encoder at the path.
+    """
+    if pool_size < 2:
+        raise ConfigError(f"a router needs a pool of at least 2 models, got {pool_size}: add one under pool.models")
+    if not 0 < config.prior < 1:
+        raise ConfigError(f"router.prior is {config.prior}: expected a probability strictly between 0 and 1")
+    if config.hidden < 1:
+        raise ConfigError(f"router.hidden is {config.hidden}: expected at least 1")
+    peeks = [peek.value for peek in Peek]
+    if config.peek not in peeks:
+        hint = did_you_mean(config.peek, peeks)
+        raise ConfigError(f"router.peek is {config.peek!r}: expected one of {', '.join(peeks)}{hint}")
+    body, tokenizer = _load_encoder(config.encoder) if config.encoder else (None, None)
+    return RouterNetwork(body, tokenizer, pool_size, config.hidden, config.prior, Peek(config.peek))
+
+
+def _load_encoder(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from roro_ray.engines.hf import resolve_model_path
+
+    directory = resolve_model_path(path)
+    try:
+        body = AutoModel.from_pretrained(directory, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"router.encoder {path!r}: no model with a tokenizer could be loaded from {directory}: {error}. "
+            "Expected a directory in Hugging Face format (config.json, weights, tokenizer files)"
+        ) from error
+    return body.eval(), tokenizer
+
+
+def save_router(router: RouterNetwork, directory: Path | str, version: int = 0) -> Path:
+    """Save a router as safetensors and JSON, with its encoder's shape and tokenizer; the JSON comes last.
+
+    Each file is written beside and renamed, so that an interrupted save leaves the one before readable.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    if router.body is not None and router.tokenizer is not None:
+        router.body.config.save_pretrained(directory / _ENCODER_DIR)
+        router.tokenizer.save_pretrained(directory / _ENCODER_DIR)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in router.state_dict().items()}
+    save_file(tensors, directory / f"{_WEIGHTS_FILE}.tmp")
+    os.replace(directory / f"{_WEIGHTS_FILE}.tmp", directory / _WEIGHTS_FILE)
+    facts = {
+        "pool_size": router.pool_size,
+        "hidden": router.hidden,
+        "prior": router.prior,
+        "peek": router.peek.value,
+        "encoder": router.body is not None,
+        "features": list(FEATURE_NAMES),
+        "version": version,
+    }
+    (directory / f"{_FACTS_FILE}.tmp").write_text(json.dumps(facts, indent=1) + "\n")
+    os.replace(directory / f"{_FACTS_FILE}.tmp", directory / _FACTS_FILE)
+    return directory
+
+
+def load_router(directory: Path | str, pool_size: int | None = None) -> RouterNetwork:
+    """Load a saved router, in eval mode; its `version` is the one that it was saved with.
+
+    Args:
+        pool_size: what the pool at hand needs; None takes the saved router's.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or it was trained for another pool or other features.
+    """
+    directory = Path(directory)
+    facts = _read_facts(directory)
+    if pool_size is not None and facts["pool_size"] != pool_size:
+        raise CheckpointError(
+            f"router {directory} chooses among {facts['pool_size']} models and the pool has {pool_size}: "
+            "use the pool that it was trained with, or train a router for this one"
+        )
+    if tuple(facts["features"]) != FEATURE_NAMES:
+        raise CheckpointError(
+            f"router {directory} was trained on the features {facts['features']}, "
+            f"expected {list(FEATURE_NAMES)}: train anew"
+        )
+    body, tokenizer = None, None
+    if facts["encoder"]:
+        try:
+            body = AutoModel.from_config(AutoConfig.from_pretrained(directory / _ENCODER_DIR), dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(directory / _ENCODER_DIR)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"router {directory}: its {_ENCODER_DIR}/ is missing or damaged: {error}") from error
+    router = RouterNetwork(body, tokenizer, facts["pool_size"], facts["hidden"], facts["prior"], Peek(facts["peek"]))
+    try:
+        tensors = load_file(directory / _WEIGHTS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"router {directory}: {_WEIGHTS_FILE} is missing or truncated: {error}") from error
+    fill_router(router, tensors, str(directory))
+    router.version = int(facts["version"])
+    return router.eval()
+
+
+def fill_router(router: RouterNetwork, state_dict: dict[str, torch.Tensor], source: str = "the given weights") -> None:
+    """Copy weights into a router.
+
+    Raises:
+        CheckpointError: a tensor is missing, too many, or of another shape; the router is left as it was.
+    """
+    own = router.state_dict()
+    wrong = [f"{name} is missing" for name in own if name not in state_dict]
+    wrong += [f"{name} is unknown" for name in state_dict if name not in own]
+    wrong += [
+        f"{name} is {list(tensor.shape)}, expected {list(own[name].shape)}"
+        for name, tensor in state_dict.items()
+        if name in own and tensor.shape != own[name].shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{source} do not fit this router: {'; '.join(wrong[:3])}{' ..' if len(wrong) > 3 else ''}. "
+            "Check pool.models, router.encoder and router.hidden against the run that saved them"
+        )
+    router.load_state_dict(state_dict)
+
+
+def _read_facts(directory: Path) -> dict[str, Any]:
+    path = directory / _FACTS_FILE
+    keys = ("pool_size", "hidden", "prior", "peek", "encoder", "features", "version")
+    try:
+        facts = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"no router could be read from {directory}: {path.name} is missing or damaged ({error}). "
+            "Expected a directory written by save_router; train a router first"
+        ) from error
+    missing = [key for key in keys if key not in facts]
+    if missing:
+        raise CheckpointError(f"router {directory}: {path.name} lacks {', '.join(missing)}; save the router again")
+    return cast("dict[str, Any]", facts)

@@ -1,0 +1,171 @@
+"""The router network as a policy: micro-batched decisions, sampled or greedy.
+
+The state at a boundary depends on the text alone, not on the signals or the cost weight. So states are
+remembered by text for as long as the weights stay: rollouts of one query share their first steps, and a sweep
+of cost weights shares most of its texts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from roro_ray.config import STEP_DELIMITER
+from roro_ray.routing.batching import MicroBatcher
+from roro_ray.routing.draws import draw_uniform
+from roro_ray.routing.observation import Observation
+from roro_ray.routing.router import RouterNetwork, fill_router
+from roro_ray.types import Decision, Peek
+
+_BATCH_DECISIONS = 512
+_BATCH_TOKENS = 16_384  # padded tokens of one encoder pass: bounds memory, and keeps lengths within a pass alike
+_STATES_KEPT = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """What the network needs for one decision: the text (as key and as ids) and the scalar signals."""
+
+    prefix: str
+    ids: tuple[int, ...]
+    features: tuple[float, ...]
+
+
+class _Core:
+    """The network, its remembered states, and the batcher; shared by a sampling policy and its greedy twin."""
+
+    def __init__(self, network: RouterNetwork, version: int) -> None:
+        self.network = network.eval()
+        self.version = version
+        self.batcher = MicroBatcher(self.compute, _BATCH_DECISIONS, "router")
+        self._states: dict[str, torch.Tensor] = {}
+        self._written = 0
+        self._flops_per_token = network.flops_per_token
+
+    def load(self, state_dict: dict[str, torch.Tensor], version: int) -> None:
+        fill_router(self.network, state_dict)
+        self.version = version
+
+    def read(self, observation: Observation) -> _Reading:
+        """Tokenise, and charge the router for the text that it has not read before."""
+        encode = self.network.pieces.encode
+        pieces = [encode(observation.query.text + STEP_DELIMITER)]
+        pieces.extend(encode(step.text + STEP_DELIMITER) for step in observation.steps)
+        ids = tuple(token for piece in pieces for token in piece)
+        last_step_tokens = len(pieces[-1]) if observation.steps else 0
+        observation.ledger.charge_router(len(ids), last_step_tokens, self._flops_per_token)
+        return _Reading(observation.prefix, ids, observation.features)
+
+    @torch.inference_mode()
+    def compute(self, readings: Sequence[_Reading]) -> list[list[float]]:
+        """Log-probabilities over the pool for each decision."""
+        device = next(self.network.head.parameters()).device
+        features_BF = torch.tensor([reading.features for reading in readings], device=device)
+        states_BC = None
+        if self.network.body is not None:
+            self._encode_new(readings, device)
+            states_BC = torch.stack([self._states[reading.prefix] for reading in readings])
+        logits_BN = self.network.decide(states_BC, features_BF)
+        log_probs: list[list[float]] = torch.log_softmax(logits_BN.double(), dim=-1).tolist()
+        return log_probs
+
+    def _encode_new(self, readings: Sequence[_Reading], device: torch.device) -> None:
+        # torch counts writes to each tensor: any change of the weights, by `load` or by an optimizer, shows here.
+        written = sum(parameter._version for parameter in self.network.parameters())
+        if written != self._written or len(self._states) > _STATES_KEPT:
+            self._states.clear()
+            self._written = written
+        new = {reading.prefix: reading.ids for reading in readings if reading.prefix not in self._states}
+        for chunk in _split_by_length(new):
+            width = max(len(ids) for _, ids in chunk)
+            ids_BT = torch.tensor([[*ids, *(0,) * (width - len(ids))] for _, ids in chunk], device=device)
+            last_B = torch.tensor([len(ids) - 1 for _, ids in chunk], device=device)
+            states_BC = self.network.encode(ids_BT)[torch.arange(len(chunk), device=device), last_B]
+            self._states.update(zip((prefix for prefix, _ in chunk), states_BC.unbind(), strict=True))
+
+
+def _split_by_length(texts: dict[str, tuple[int, ...]]) -> list[list[tuple[str, tuple[int, ...]]]]:
+    """Texts in order of length, in chunks of bounded padded size whose lengths differ by at most a quarter."""
+    chunks: list[list[tuple[str, tuple[int, ...]]]] = []
+    for prefix, ids in sorted(texts.items(), key=lambda item: len(item[1])):
+        fits = chunks and (len(chunks[-1]) + 1) * len(ids) <= _BATCH_TOKENS
+        if fits and len(ids) <= 1.25 * len(chunks[-1][0][1]) + 4:
+            chunks[-1].append((prefix, ids))
+        else:
+            chunks.append([(prefix, ids)])
+    return chunks
+
+
+class RouterPolicy:
+    """Decides with a router network.
+
+    Sampling takes its uniform from the observation's seed and the step's index, so that a decision does not
+    depend on what else is in the batch. `Decision.log_prob` is the log-probability of the action under the
+    policy that took it: the network's when sampling, 0 when greedy.
+    """
+
+    def __init__(self, network: RouterNetwork, version: int | None = None, greedy: bool = False) -> None:
+        self._core = _Core(network, network.version if version is None else version)
+        self._greedy = greedy
+
+    @property
+    def peek(self) -> Peek:
+        """What the network was made to look at."""
+        return self._core.network.peek
+
+    @property
+    def version(self) -> int:
+        """Version of the weights in use."""
+        return self._core.version
+
+    @property
+    def network(self) -> RouterNetwork:
+        """The network that decides."""
+        return self._core.network
+
+    @property
+    def flops_per_token(self) -> float:
+        """FLOPs of reading one token of text."""
+        return self._core.network.flops_per_token
+
+    def as_greedy(self) -> RouterPolicy:
+        """The same weights (also after `load`), deciding by argmax."""
+        return self._twin(greedy=True)
+
+    def _twin(self, greedy: bool) -> RouterPolicy:
+        twin = RouterPolicy.__new__(RouterPolicy)
+        twin._core, twin._greedy = self._core, greedy
+        return twin
+
+    def load(self, state_dict: dict[str, torch.Tensor], version: int) -> None:
+        """Take over newer weights, between runs.
+
+        Raises:
+            CheckpointError: weights of another shape; the old ones stay.
+        """
+        self._core.load(state_dict, version)
+
+    async def decide(self, observation: Observation) -> Decision:
+        """Choose a model; concurrent calls are computed together."""
+        reading = self._core.read(observation)
+        version = self._core.version
+        log_probs = await self._core.batcher.submit(reading)
+        probabilities = tuple(math.exp(log_prob) for log_prob in log_probs)
+        if self._greedy:
+            return Decision(probabilities.index(max(probabilities)), 0.0, probabilities, version)
+        uniform = draw_uniform(observation.seed, len(observation.steps), "router")
+        model = _invert(probabilities, uniform)
+        return Decision(model, log_probs[model], probabilities, version)
+
+
+def _invert(probabilities: Sequence[float], uniform: float) -> int:
+    """The model at which the cumulative probability passes the uniform."""
+    total = 0.0
+    for model, probability in enumerate(probabilities):
+        total += probability
+        if uniform < total:
+            return model
+    return len(probabilities) - 1  # rounding left the total just below 1

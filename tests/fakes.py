@@ -1,0 +1,129 @@
+"""Small real classes that stand in for dear ones: a scripted engine that is fine, slow, failing or hanging."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Sequence
+
+from roro_ray.config import STEP_DELIMITER
+from roro_ray.engines.pool import EnginePool
+from roro_ray.engines.protocol import ChoiceScores, EngineFacts, StepRequest, StepResult
+from roro_ray.errors import EngineError
+from roro_ray.types import Query
+
+Writer = Callable[[str], str]
+END = "<end>"
+
+
+def write_notes(steps: int = 3, answer: str = "42") -> Writer:
+    """A writer of `steps` numbered notes and then the answer; it counts the steps that the prefix holds."""
+
+    def write(prefix: str) -> str:
+        index = prefix.count(STEP_DELIMITER) - 1
+        return f"{chr(65 + index)}: note {index}" if index < steps else f"Answer: {answer}"
+
+    return write
+
+
+def make_query(answer: str = "42", name: str = "q") -> Query:
+    """A query that any scripted engine can take."""
+    return Query(f"test/{name}", "test", "test", f"Say {name}.", answer)
+
+
+class ScriptedEngine:
+    """An engine whose steps are a function of the prefix, with `chars_per_token` characters a token.
+
+    A step ends with one delimiter token, an answer with one end token. `confidence` gives the probability of
+    each of a step's tokens, `approval` what `score_choices` finds of a continuation's tokens. `delay_s` makes
+    it slow, `fails` raises on the requests for which it is true, `hangs` never answers them.
+    """
+
+    def __init__(
+        self,
+        name: str = "scripted",
+        write: Writer | None = None,
+        *,
+        parameters: int = 10,
+        chars_per_token: int = 1,
+        confidence: Callable[[str], float] | float = 0.9,
+        approval: Callable[[str, str], float] | float = 0.9,
+        entropy: float = 0.5,
+        delay_s: float = 0.0,
+        fails: Callable[[str], bool] = lambda prefix: False,
+        hangs: Callable[[str], bool] = lambda prefix: False,
+    ) -> None:
+        self.name = name
+        self.write = write or write_notes()
+        self.parameters = parameters
+        self.chars_per_token = chars_per_token
+        self.confidence = confidence
+        self.approval = approval
+        self.entropy = entropy
+        self.delay_s = delay_s
+        self.fails = fails
+        self.hangs = hangs
+        self.requests: list[StepRequest] = []
+        self.scored: list[tuple[str, str]] = []
+        self._vocabulary: dict[str, int] = {}
+
+    async def ready(self) -> EngineFacts:
+        return EngineFacts(self.name, "scripted", "none", self.parameters, 2.0 * self.parameters, 0.0, self.name)
+
+    def split(self, text: str) -> list[str]:
+        """The tokens of a text; the delimiter is always one of them."""
+        pieces = []
+        for index, part in enumerate(text.split(STEP_DELIMITER)):
+            pieces += [STEP_DELIMITER] if index else []
+            pieces += [part[i : i + self.chars_per_token] for i in range(0, len(part), self.chars_per_token)]
+        return pieces
+
+    async def _behave(self, prefix: str) -> None:
+        await asyncio.sleep(self.delay_s)
+        if self.hangs(prefix):
+            await asyncio.Event().wait()
+        if self.fails(prefix):
+            raise EngineError(f"engine {self.name!r} was told to fail")
+
+    async def generate_step(self, request: StepRequest) -> StepResult:
+        self.requests.append(request)
+        await self._behave(request.prefix)
+        text = self.write(request.prefix)
+        final = text.startswith("Answer: ")
+        pieces = [*self.split(text), END if final else STEP_DELIMITER]
+        cut = len(pieces) > request.max_tokens
+        pieces = pieces[: request.max_tokens]
+        ids = tuple(self._vocabulary.setdefault(piece, len(self._vocabulary)) for piece in pieces)
+        assert ids[: len(request.kept_ids)] == request.kept_ids, "the peek handed back is not this step's beginning"
+        probability = self.confidence(request.prefix) if callable(self.confidence) else self.confidence
+        return StepResult(
+            text="".join(piece for piece in pieces if piece not in (END, STEP_DELIMITER)),
+            token_ids=ids,
+            log_probs=(math.log(probability),) * len(ids),
+            finish="length" if cut else "stop" if final else "delimiter",
+            prefix_tokens=len(self.split(request.prefix)),
+            first_entropy=self.entropy,
+        )
+
+    async def score_choices(self, prefix: str, choices: tuple[str, ...]) -> ChoiceScores:
+        self.scored += [(prefix, choice) for choice in choices]
+        await self._behave(prefix)
+        tokens = tuple(len(self.split(choice)) for choice in choices)
+        logs = tuple(
+            math.log(self.approval(prefix, choice) if callable(self.approval) else self.approval) for choice in choices
+        )
+        return ChoiceScores(
+            tuple(log * count for log, count in zip(logs, tokens, strict=True)), tokens, logs, len(self.split(prefix))
+        )
+
+
+def make_fake_pool(*engines: ScriptedEngine) -> EnginePool:
+    """A ready pool of scripted engines; two of them by default, the second ten times as large."""
+    pool = EnginePool(engines or (ScriptedEngine("small"), ScriptedEngine("large", parameters=100)))
+    asyncio.run(pool.ready())
+    return pool
+
+
+def run_specs(runner: object, specs: Sequence[object]) -> list:
+    """Run episodes from a test that is not async."""
+    return asyncio.run(runner.run(specs))  # type: ignore[attr-defined]
