@@ -27,6 +27,7 @@ class PoolConfig:
     )
     batch_size: int = 256  # most requests in one forward pass
     memo_entries: int = 400_000  # greedy steps remembered per model; 0 turns the memo off
+    cache_mb: int = 256  # MiB of key/value states kept between steps, per model; 0 computes every prefix anew
     placement: str = "colocated"  # colocated: engines inside each rollout worker; actors: one actor per model
 
 
@@ -135,6 +136,7 @@ class RouterConfig:
     workers: int = 1  # Ray Train workers
     checkpoint_every: int = 5  # iterations
     max_failures: int = 2  # restarts of the Train workers
+    micro_batch: int = 128  # trajectories in one forward pass of the learner; changes memory, not the gradient
 
 
 @dataclass
@@ -147,6 +149,7 @@ class EvaluateConfig:
     bootstrap: int = 1000  # resamples over queries
     accuracy_slack: float = 0.01  # operating point: cheapest within this of the large model on validation
     every: int = 10  # router iterations between points of the learning curve
+    curve_cost_weights: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.4])  # swept at each of its points
 
 
 @dataclass
@@ -156,8 +159,14 @@ class RayConfig:
     address: str = "auto"  # auto: join a running cluster named by RAY_ADDRESS, else start one; local: always start
     workers: int = 2  # rollout workers
     worker_cpus: float = 0.5  # logical CPUs of each rollout worker
+    worker_gpus: float = 0.0  # GPUs of each rollout worker, where its models run on one
     learner_cpus: float = 0.5
+    learner_gpus: float = 0.0  # GPUs of each Train worker
     reward_cpus: float = 0.5
+    reward_gpus: float = 0.0
+    engine_cpus: float = 0.5  # of each model's actor with pool.placement=actors
+    engine_gpus: float = 0.0
+    autoscaler: bool = False  # the cluster can grow: wait for resources that it lacks instead of failing
     object_store_mb: int = 256  # of a cluster that we start
     timeout_s: float = 120.0  # deadline of ready() calls
     concurrency: int = 256  # concurrent episodes per worker

@@ -58,6 +58,16 @@ def curve_area(cost_RS: Floats, accuracy_RS: Floats) -> Floats:
     return area
 
 
+def hull_area(points: Sequence[tuple[float, float]]) -> float:
+    """Area under the concave hull of (cost, accuracy) points over costs in [0, 1], level beyond its ends."""
+    costs, accuracies = [cost for cost, _ in points], [accuracy for _, accuracy in points]
+    corners = hull_corners(costs, accuracies)
+    if not corners:
+        return float("nan")
+    rows = [np.array([[values[i] for i in corners]]) for values in (costs, accuracies)]
+    return float(curve_area(rows[0], rows[1])[0])
+
+
 def first_cost_at(cost_RS: Floats, accuracy_RS: Floats, level_R: Floats) -> Floats:
     """The least cost at which the straight lines through the points reach an accuracy; NaN where they never do."""
     cost, accuracy = _sorted_curves(cost_RS, accuracy_RS)

@@ -33,6 +33,7 @@ import numpy as np
 
 from roro_ray.evaluation.bootstrap import Floats, weighted_means
 from roro_ray.evaluation.frontier import accuracy_at_cost, curve_area, first_cost_at, hull_corners
+from roro_ray.routing.episode import EpisodeFailure
 from roro_ray.types import Trajectory
 
 QUANTITIES = ("accuracy", "cost_share", "flops", "flops_decode", "large_tokens", "steps", "tokens_out")
@@ -54,13 +55,14 @@ class Scores:
     """Results of one setting on a list of queries: one column per query, NaN where its rollout was dropped.
 
     `values_KQ` has the rows of `QUANTITIES`. `failed` counts rollouts that raised, `unscorable` those whose
-    answer could not be checked; both are NaN columns and take part in no mean.
+    answer could not be checked; both are NaN columns and take part in no mean. `error` is the first failure.
     """
 
     setting: str
     values_KQ: Floats
     failed: int = 0
     unscorable: int = 0
+    error: str | None = None
 
     def of(self, quantity: str) -> Floats:
         """The values of one quantity, shape (queries,)."""
@@ -75,19 +77,21 @@ class Scores:
         # The two kinds of drop differ in one value: a failed rollout has no steps, an unscorable one has.
         dropped = ~np.isfinite(values_KQ[0])
         failed = int(np.sum(dropped & ~np.isfinite(values_KQ[QUANTITIES.index("steps")])))
-        return Scores(self.setting, values_KQ, failed, int(np.sum(dropped)) - failed)
+        return Scores(self.setting, values_KQ, failed, int(np.sum(dropped)) - failed, self.error if failed else None)
 
 
-def make_scores(setting: str, outcomes: Sequence[object]) -> Scores:
+def make_scores(setting: str, outcomes: Sequence[Trajectory | EpisodeFailure]) -> Scores:
     """Turn rollouts, one per query in the order of the queries, into columns of values.
 
-    Anything but a `Trajectory` is a failed rollout; a trajectory with `correct` None is unscorable.
+    A trajectory with `correct` None is unscorable.
     """
     values_KQ = np.full((len(QUANTITIES), len(outcomes)), np.nan)
     failed = unscorable = 0
+    error = None
     for column, outcome in enumerate(outcomes):
-        if not isinstance(outcome, Trajectory):
+        if isinstance(outcome, EpisodeFailure):
             failed += 1
+            error = error or outcome.error
         elif outcome.correct is None:
             unscorable += 1
             values_KQ[QUANTITIES.index("steps"), column] = len(outcome.steps)
@@ -101,7 +105,7 @@ def make_scores(setting: str, outcomes: Sequence[object]) -> Scores:
                 len(outcome.steps),
                 outcome.usage.tokens_out,
             )
-    return Scores(setting, values_KQ, failed, unscorable)
+    return Scores(setting, values_KQ, failed, unscorable, error)
 
 
 def _large_tokens(trajectory: Trajectory) -> int:

@@ -1,0 +1,91 @@
+"""The headline: one sentence on what RoRo saves at the large model's accuracy, computed from the figures.
+
+It says what happened, also when that is a disappointment: the accuracy at the operating point is compared with
+the large model's (a paired difference with its interval), and only within the allowed distance is a saving
+claimed at "the same accuracy".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def make_headline(overall: Mapping[str, Any], slack: float) -> dict[str, Any]:
+    """The sentence and the figures in it.
+
+    Args:
+        overall: the entries of all methods over all suites.
+        slack: the largest loss of accuracy that still counts as the large model's accuracy.
+
+    Returns:
+        `text`; `reached` (None where RoRo was not evaluated); `saved_flops`, `saved_steps` and `accuracy_change`,
+        each a value with `ci`.
+    """
+    entry = overall.get("roro")
+    versus = (entry or {}).get("vs_large") or {}
+    change, share = versus.get("accuracy"), (entry or {}).get("cost_share")
+    if entry is None or change is None or share is None:
+        return {"text": "RoRo was not evaluated in this run.", "reached": None}
+    interval = versus["ci"].get("accuracy")
+    reached = change >= -slack - 1e-9
+    certain = reached and interval is not None and interval[0] >= -slack - 1e-9
+    steps, steps_ci = 1 - share, _flip(entry["ci"].get("cost_share"))
+    flops, flops_ci = versus.get("flops_saved"), versus["ci"].get("flops_saved")
+    accuracy = f"{100 * entry['accuracy']:.1f}%"
+    large = f"{100 * (entry['accuracy'] - change):.1f}%"
+    if reached:
+        text = f"RoRo keeps the large model's accuracy ({accuracy} against {large}) and saves {_percent(steps)}"
+        text += f"{_span(steps_ci)} of its steps"
+        text += _flops_clause(flops, flops_ci)
+        if not certain and interval is not None:
+            text += (
+                f" The accuracy differs by {_points(change)} points, and with {_points(interval[0])} to "
+                f"{_points(interval[1])} a loss of more than {100 * slack:g} is not excluded."
+            )
+    else:
+        text = (
+            f"RoRo does not reach the large model's accuracy here: {accuracy} against {large}, "
+            f"{_points(change)} points{_span_points(interval)}, while it leaves {_percent(steps)}{_span(steps_ci)} of "
+            f"the steps to the small model"
+        )
+        text += _flops_clause(flops, flops_ci)
+    return {
+        "text": text,
+        "reached": reached,
+        "accuracy_change": {"value": change, "ci": interval},
+        "saved_steps": {"value": steps, "ci": steps_ci},
+        "saved_flops": {"value": flops, "ci": flops_ci},
+    }
+
+
+def _flops_clause(saved: float | None, interval: list[float] | None) -> str:
+    if saved is None:
+        return "."
+    if saved < 0:
+        return f", but computes {_percent(-saved)}{_span(_negate(interval))} more FLOPs, prefill and drafts included."
+    return f" and {_percent(saved)}{_span(interval)} of its FLOPs, prefill and drafts included."
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.0f}%"
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:+.1f}"
+
+
+def _span(interval: list[float] | None) -> str:
+    return f" ({100 * interval[0]:.0f} to {100 * interval[1]:.0f})" if interval else ""
+
+
+def _span_points(interval: list[float] | None) -> str:
+    return f" ({_points(interval[0])} to {_points(interval[1])})" if interval else ""
+
+
+def _flip(interval: list[float] | None) -> list[float] | None:
+    return [1 - interval[1], 1 - interval[0]] if interval else None
+
+
+def _negate(interval: list[float] | None) -> list[float] | None:
+    return [-interval[1], -interval[0]] if interval else None
