@@ -46,6 +46,7 @@ _AT_LEAST_ONE = (
     "router.queries",
     "router.workers",
     "router.checkpoint_every",
+    "router.micro_batch",
     "evaluate.thresholds",
     "evaluate.bootstrap",
     "evaluate.every",
@@ -64,6 +65,10 @@ _NOT_NEGATIVE = (
     "router.entropy",
     "router.max_lag",
     "router.max_failures",
+    "ray.worker_gpus",
+    "ray.learner_gpus",
+    "ray.reward_gpus",
+    "ray.engine_gpus",
     "evaluate.accuracy_slack",
 )
 _POSITIVE = (
@@ -80,6 +85,7 @@ _POSITIVE = (
     "ray.worker_cpus",
     "ray.learner_cpus",
     "ray.reward_cpus",
+    "ray.engine_cpus",
     "ray.object_store_mb",
     "ray.timeout_s",
 )
@@ -141,7 +147,7 @@ def _check_lists(settings: Config) -> None:
         _check_choice("reward.kind_weights", kind, kinds)
         if weight < 0:
             raise ConfigError(f"reward.kind_weights: {kind}={weight}, expected 0 or more.")
-    for key in ("evaluate.cost_weights", "evaluate.random_shares"):
+    for key in ("evaluate.cost_weights", "evaluate.random_shares", "evaluate.curve_cost_weights"):
         if not get_setting(settings, key):
             raise ConfigError(f"{key} is empty: a frontier needs at least one point.")
 

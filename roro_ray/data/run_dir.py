@@ -37,6 +37,7 @@ _FREE_KEYS = (
     "reward.timeout_s",
     "router.max_failures",
     "router.checkpoint_every",
+    "router.micro_batch",
 )
 _PACKAGES = ("ray", "torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy", "wandb", "omegaconf")
 

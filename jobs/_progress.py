@@ -1,0 +1,60 @@
+"""How far a stage has come: a bar with rate and time left on a terminal, a plain line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from tqdm import tqdm
+
+_LINE_EVERY_S = 5.0
+
+
+class Progress:
+    """Counts done work of a known total; use as a context and call `advance`.
+
+    Args:
+        done: what an earlier, interrupted run had finished; it does not count towards the rate.
+    """
+
+    def __init__(self, what: str, total: int, unit: str, done: int = 0) -> None:
+        self.what, self.total, self.unit = what, total, unit
+        self.done = self._before = done
+        self._began = self._last_line = time.monotonic()
+        self._bar: tqdm[object] | None = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True, leave=False)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def advance(self, count: int = 1) -> None:
+        """Tell that `count` more units are done."""
+        self.move_to(self.done + count)
+
+    def start_at(self, done: int) -> None:
+        """Tell how many units are done in all, where that may be more than this run did: see `done`."""
+        if self.done == self._before:
+            self._before = done
+        self.move_to(done)
+
+    def move_to(self, done: int) -> None:
+        """Tell how many units are done in all."""
+        count, self.done = done - self.done, done
+        if self._bar is not None:
+            self._bar.update(count)
+        elif time.monotonic() - self._last_line >= _LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            print(self.line(), file=sys.stderr, flush=True)
+
+    def line(self) -> str:
+        """`collect: 320/3200 episodes (10%), 210/s, 14 s left`."""
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        rate = (self.done - self._before) / seconds
+        left = f"{(self.total - self.done) / rate:.0f} s left" if rate > 0 else "time left unknown"
+        share = 100 * self.done / max(self.total, 1)
+        return f"  {self.what}: {self.done}/{self.total} {self.unit} ({share:.0f}%), {rate:.3g}/s, {left}"

@@ -1,0 +1,70 @@
+"""What a run would do and ask for, derived from its settings alone, for `--dry-run`."""
+
+from __future__ import annotations
+
+import os
+
+from roro_ray.config import Config
+
+
+def describe_plan(config: Config) -> str:
+    """The plan as text: models, resources, and for each stage how many queries, trajectories and updates."""
+    return "\n".join(
+        [
+            f"run_dir      {config.run_dir}",
+            f"models       {' < '.join(f'{m.name} ({m.path}, {m.engine}, {m.device})' for m in config.pool.models)}",
+            *_resource_lines(config),
+            *_stage_lines(config),
+        ]
+    )
+
+
+def count_collected(config: Config) -> int:
+    """Trajectories that stage 1 collects."""
+    queries = len(config.data.suites) * config.data.train_queries
+    return queries * len(config.collect.strategies) * config.collect.rollouts
+
+
+def count_episodes(config: Config) -> int:
+    """Rollouts of one router training."""
+    return config.router.iterations * config.router.queries * config.router.group_size
+
+
+def _resource_lines(config: Config) -> list[str]:
+    ray, router = config.ray, config.router
+    rollouts = ray.workers * ray.worker_cpus
+    learner = router.workers * ray.learner_cpus
+    devices = sorted({model.device for model in config.pool.models})
+    placement = "inside each worker" if config.pool.placement == "colocated" else "one actor per model"
+    return [
+        f"resources    {rollouts + learner + ray.reward_cpus:g} logical CPUs: {ray.workers} rollout workers x "
+        f"{ray.worker_cpus:g}, {router.workers} learner(s) x {ray.learner_cpus:g}, reward service {ray.reward_cpus:g}",
+        f"             engines {placement}, on {', '.join(devices)}; object store {ray.object_store_mb} MB where Ray "
+        f"is started here; this machine has {os.cpu_count()} cores",
+    ]
+
+
+def _stage_lines(config: Config) -> list[str]:
+    data, router, reward = config.data, config.router, config.reward
+    suites = len(data.suites)
+    queries = suites * data.train_queries
+    per_query = len(config.collect.strategies) * config.collect.rollouts
+    batch = router.queries * router.group_size
+    shards = suites * -(-data.train_queries // config.collect.shard_queries)
+    folds = config.pairs.folds
+    return [
+        f"collect      {count_collected(config)} trajectories: {queries} queries ({suites} suites x "
+        f"{data.train_queries}) x {per_query} ({len(config.collect.strategies)} strategies x "
+        f"{config.collect.rollouts}), in {shards} shards of up to {config.collect.shard_queries} queries",
+        f"make_pairs   at most {3 * queries * config.pairs.max_per_query} pairs of 3 kinds, {folds} folds of about "
+        f"{queries // folds} queries, 1 held out; process quality from {config.pairs.process_source}",
+        f"learn_reward {reward.rounds} rounds x ({reward.judge_updates} Judge + {reward.rubricor_updates} Rubricor "
+        f"updates) of {reward.queries_per_update} queries; {reward.queries_per_update * reward.rubrics_per_query} "
+        "rubrics an update",
+        f"train_router {count_episodes(config)} episodes a method: {router.iterations} iterations x {router.queries} "
+        f"queries x {router.group_size} rollouts = {batch} trajectories an iteration, "
+        f"{batch // router.workers} a learner; lag at most {router.max_lag} version(s)",
+        f"evaluate     {suites * data.validation_queries} validation and {suites * data.test_queries} test queries; "
+        f"{len(config.evaluate.cost_weights)} cost weights, {config.evaluate.thresholds} thresholds a method, "
+        f"{config.evaluate.bootstrap} bootstrap resamples",
+    ]
