@@ -1,0 +1,319 @@
+"""Batched decoding of steps: left-padded, with key/value states, rows leaving as they finish.
+
+One batch goes through three phases. *Place*: each row takes the states of its longest known beginning from the
+prefix store. *Prefill*: what is left is computed, in groups of rows that miss about as many tokens. *Decode*: one
+forward pass a token; a row that ends is handed over at once, its states stored, and its place filled by the last
+row. The batch may be left before it is empty: an unfinished row is decoded on from where it stands.
+
+Axes: B rows, N new tokens, T columns (a row's tokens end at one common column), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from roro_ray.engines.kv import BatchKV, KVShape, PrefixKV
+from roro_ray.engines.sampling import draw_tokens
+from roro_ray.engines.text import StepText
+
+_MOST_PREFILL = 8192  # tokens in one prefill pass, to bound its activations
+_MOST_LOGITS = 1 << 26  # logits kept by one prefill pass
+_PAD_SLACK = 256  # tokens of padding that cost about as much as one more forward pass
+
+
+@dataclass(slots=True)
+class Row:
+    """A sequence being decoded or scored.
+
+    `ids` are the prefix and the step so far; `start` is the length of the prefix. `log_probs` holds those of the
+    step's tokens that are known: kept ids have none at first. `alternatives` are tokens that could come next, to be
+    given their log-probabilities (scoring).
+    """
+
+    ids: list[int]
+    start: int
+    max_tokens: int
+    temperature: float = 0.0
+    key: int = 0
+    log_probs: list[float] = field(default_factory=list)
+    alternatives: dict[int, float] = field(default_factory=dict)
+    first_entropy: float = math.nan
+    finish: str | None = None
+    text: str = ""
+
+    @property
+    def needed(self) -> int:
+        """How many of the last positions' logits are needed."""
+        return len(self.ids) - self.start - len(self.log_probs) + 1
+
+    @property
+    def room(self) -> int:
+        """Tokens that may still be decoded."""
+        return self.max_tokens - (len(self.ids) - self.start)
+
+
+@dataclass(slots=True)
+class DecodeStats:
+    """What was computed: forward passes, tokens computed from prefixes, tokens taken from the store, decoded ones."""
+
+    forward_passes: int = 0
+    tokens_prefilled: int = 0
+    tokens_reused: int = 0
+    tokens_decoded: int = 0
+
+
+class StepDecoder:
+    """Decodes and scores rows with one model. Not thread-safe: one caller at a time.
+
+    `masks` maps each kind of attention layer of the model to its window (None: unlimited). `capacity` is the number
+    of tokens whose states are kept between calls; `most_tokens` bounds rows x columns of one batch.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        text: StepText,
+        shape: KVShape,
+        masks: dict[str, int | None],
+        capacity: int,
+        most_tokens: int,
+    ):
+        self.stats = DecodeStats()
+        self._model = model
+        self._text = text
+        self._masks = masks
+        self._device = shape.device
+        self._kv = BatchKV(shape)
+        self._known = PrefixKV(shape, capacity, len(text.may_end)) if capacity else None
+        self._most_tokens = most_tokens
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        rows: Sequence[Row],
+        on_finish: Callable[[list[Row]], None],
+        keep: Callable[[list[Row]], list[Row]] = lambda alive: alive,
+    ) -> None:
+        """Decode rows, handing over each as it finishes.
+
+        `keep(alive)` is asked after every token which of the unfinished rows to go on with: the others stay
+        unfinished, a token further, and may come again.
+        """
+        for chunk in self._split(rows):
+            batch, logits_BV = self._prefill(chunk)
+            self._decode_batch(batch, logits_BV, on_finish, keep)
+
+    @torch.inference_mode()
+    def score(self, rows: Sequence[Row]) -> None:
+        """Fill the log-probabilities of rows that are only read."""
+        for chunk in self._split(rows):
+            batch, _ = self._prefill(chunk)
+            self._store(batch, range(len(chunk)))
+
+    def _split(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """Chunks of rows of like length that fit the buffer."""
+        chunks: list[list[Row]] = []
+        columns = 0
+        for row in sorted(rows, key=lambda row: len(row.ids)):
+            columns = max(columns, len(row.ids) + row.room)
+            if not chunks or (len(chunks[-1]) + 1) * columns > self._most_tokens:
+                chunks.append([])
+                columns = len(row.ids) + row.room
+            chunks[-1].append(row)
+        return chunks
+
+    def _prefill(self, rows: list[Row]) -> tuple[_Batch, torch.Tensor]:
+        """Place rows and compute what their prefixes miss; gives the batch and its next tokens' logits (B, V)."""
+        found = [self._known.match(row.ids, len(row.ids) - row.needed) if self._known else [] for row in rows]
+        # Most missing first, so that groups are slices of the buffer.
+        pairs = sorted(zip(rows, found, strict=True), key=lambda pair: len(pair[1]) - len(pair[0].ids))
+        batch = _Batch([row for row, _ in pairs])
+        missing = [len(row.ids) - len(slots) for row, slots in pairs]
+        self._kv.resize(len(rows), batch.column + max(max(row.room, 0) for row in rows))
+        if self._known is not None:
+            slots_BT = np.zeros((len(rows), batch.column - missing[-1]), dtype=np.int64)
+            for line, (_, slots), first in zip(slots_BT, pairs, batch.firsts, strict=True):
+                line[first : first + len(slots)] = slots
+            self._known.load(slots_BT, self._kv)
+        self.stats.tokens_prefilled += sum(missing)
+        self.stats.tokens_reused += sum(len(slots) for slots in found)
+        logits, start = [], 0
+        while start < len(rows):
+            end = self._group_end(batch.rows, missing, start)
+            logits.append(self._prefill_group(batch, start, end, missing[start]))
+            start = end
+        return batch, torch.cat(logits)
+
+    def _group_end(self, rows: list[Row], missing: list[int], start: int) -> int:
+        """How far one prefill pass goes: rows that miss fewer tokens are padded up to the first one's number."""
+        count, padding, needed = missing[start], 0, rows[start].needed
+        for end in range(start + 1, len(rows)):
+            size = end - start + 1
+            padding += count - missing[end]
+            needed = max(needed, rows[end].needed)
+            too_padded = padding > _PAD_SLACK + (size * count - padding) // 4
+            if too_padded or size * count > _MOST_PREFILL or size * needed * len(self._text.may_end) > _MOST_LOGITS:
+                return end
+        return len(rows)
+
+    def _prefill_group(self, batch: _Batch, start: int, end: int, count: int) -> torch.Tensor:
+        """Compute the last `count` tokens of some rows (known ones again where a row misses fewer)."""
+        rows = batch.rows[start:end]
+        ids = [[0] * (count - len(row.ids)) + row.ids[-count:] for row in rows]
+        keep = max(row.needed for row in rows)
+        logits_BNV = self._forward(ids, slice(start, end), batch.firsts[start:end], batch.column - count, keep)
+        _read_scores(rows, logits_BNV)
+        # A copy, so that the other positions' logits are freed.
+        return logits_BNV[:, -1].clone()
+
+    def _decode_batch(
+        self,
+        batch: _Batch,
+        logits_BV: torch.Tensor,
+        on_finish: Callable[[list[Row]], None],
+        keep: Callable[[list[Row]], list[Row]],
+    ) -> None:
+        logits_BV = self._let_go(batch, self._ended(batch), logits_BV, on_finish)
+        while batch.rows:
+            tokens_B = self._choose(batch.rows, logits_BV)
+            tokens_B = self._let_go(batch, self._ended(batch), tokens_B, on_finish)
+            kept = set(map(id, keep(batch.rows)))
+            tokens_B = self._let_go(batch, [i for i, row in enumerate(batch.rows) if id(row) not in kept], tokens_B)
+            if batch.rows:
+                rows = slice(0, len(batch.rows))
+                logits_BV = self._forward(tokens_B[:, None], rows, batch.firsts, batch.column, 1)[:, -1]
+                batch.column += 1
+
+    def _choose(self, rows: list[Row], logits_BV: torch.Tensor) -> torch.Tensor:
+        """Append the next token and its log-probability to every row."""
+        counters = [len(row.ids) - row.start for row in rows]
+        tokens_B = draw_tokens(logits_BV, [row.temperature for row in rows], [row.key for row in rows], counters)
+        log_probs_B = torch.log_softmax(logits_BV.float(), -1).gather(1, tokens_B[:, None]).squeeze(1)
+        for row, token, log_prob in zip(rows, tokens_B.tolist(), log_probs_B.tolist(), strict=True):
+            row.ids.append(token)
+            row.log_probs.append(log_prob)
+        self.stats.tokens_decoded += len(rows)
+        return tokens_B
+
+    def _ended(self, batch: _Batch) -> list[int]:
+        """Which rows' steps are over; sets their finish and text."""
+        ended = []
+        for i, row in enumerate(batch.rows):
+            length = len(row.ids) - row.start
+            if length and (self._text.may_end[row.ids[-1]] or length >= row.max_tokens):
+                end = self._text.end(row.ids[row.start :], row.max_tokens)
+                if end is not None:
+                    row.finish, row.text = end
+                    ended.append(i)
+        return ended
+
+    def _let_go(
+        self,
+        batch: _Batch,
+        ended: list[int],
+        values_B: torch.Tensor,
+        on_finish: Callable[[list[Row]], None] = lambda rows: None,
+    ) -> torch.Tensor:
+        """Let rows go, the last rows taking their places; gives the others' values, in their new order."""
+        if not ended:
+            return values_B
+        self._store(batch, ended)
+        on_finish([batch.rows[i] for i in ended])
+        gone = set(ended)
+        left = len(batch.rows) - len(gone)
+        movers = [i for i in range(left, len(batch.rows)) if i not in gone]
+        holes = [i for i in ended if i < left]
+        order = list(range(left))
+        for mover, hole in zip(movers, holes, strict=True):
+            order[hole] = mover
+        if movers:
+            self._kv.move_rows(movers, holes, batch.column)
+        batch.rows = [batch.rows[i] for i in order]
+        batch.firsts = [batch.firsts[i] for i in order]
+        return values_B[torch.tensor(order, dtype=torch.long, device=values_B.device)]
+
+    def _store(self, batch: _Batch, which: Sequence[int]) -> None:
+        """Keep the states of some rows, as far as they are computed."""
+        if self._known is None or not which:
+            return
+        firsts = [batch.firsts[i] for i in which]
+        sequences = [batch.rows[i].ids[: batch.column - first] for i, first in zip(which, firsts, strict=True)]
+        self._known.store(sequences, which, firsts, self._kv)
+
+    def _forward(
+        self, ids_BN: list[list[int]] | torch.Tensor, rows: slice, firsts: list[int], column: int, keep: int
+    ) -> torch.Tensor:
+        """Logits (B, keep, V) of the last `keep` of some new tokens, which lie from `column` on."""
+        tokens_BN = torch.as_tensor(ids_BN, device=self._device)
+        end = column + tokens_BN.shape[1]
+        columns_T = torch.arange(end, device=self._device)
+        queries_N = columns_T[column:]
+        firsts_B1 = torch.tensor(firsts, device=self._device)[:, None]
+        masks = _make_masks(columns_T, queries_N, firsts_B1, self._masks)
+        self._kv.aim(rows, column)
+        self.stats.forward_passes += 1
+        output: Any = self._model(
+            input_ids=tokens_BN,
+            attention_mask=masks,
+            position_ids=(queries_N - firsts_B1).clamp_(min=0),
+            past_key_values=self._kv,
+            use_cache=True,
+            logits_to_keep=keep,
+        )
+        return cast(torch.Tensor, output.logits)
+
+
+class _Batch:
+    """Rows in the buffer's order, the column at which each begins, and the first column not yet computed."""
+
+    def __init__(self, rows: list[Row]):
+        self.rows = rows
+        self.column = max(len(row.ids) for row in rows)
+        self.firsts = [self.column - len(row.ids) for row in rows]
+
+
+def _make_masks(
+    columns_T: torch.Tensor, queries_N: torch.Tensor, firsts_B1: torch.Tensor, windows: dict[str, int | None]
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """What each new token sees, (B, 1, N, T): its own row's columns up to itself, within the layer's window."""
+    real_B11T = (columns_T >= firsts_B1)[:, None, None]
+    queries_N1 = queries_N[:, None]
+    # Padding sees itself: a softmax over nothing is NaN, and NaN would spread through the buffer.
+    seen = real_B11T & (columns_T <= queries_N1) | (columns_T == queries_N1)
+    masks = {
+        kind: seen if window is None else seen & (columns_T > queries_N1 - window) for kind, window in windows.items()
+    }
+    # Models with one kind of layer take the mask itself, those that mix kinds a mask for each.
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def _read_scores(rows: list[Row], logits_BNV: torch.Tensor) -> None:
+    """Fill first entropies and the log-probabilities of given tokens from the logits of the last positions."""
+    keep = logits_BNV.shape[1]
+    fresh = [i for i, row in enumerate(rows) if not row.log_probs]
+    if not fresh:
+        return
+    log_probs_BNV = torch.log_softmax(logits_BNV.float(), -1)
+    first_FV = log_probs_BNV[fresh, [keep - rows[i].needed for i in fresh]]
+    entropies = torch.special.entr(first_FV.exp()).sum(-1).tolist()
+    at: list[tuple[int, int, int]] = []
+    for i, entropy in zip(fresh, entropies, strict=True):
+        row = rows[i]
+        row.first_entropy = entropy
+        at.extend((i, keep - row.needed + j, token) for j, token in enumerate(row.ids[row.start :]))
+        at.extend((i, keep - 1, token) for token in row.alternatives)
+    if not at:
+        return
+    which, positions, tokens = (list(part) for part in zip(*at, strict=True))
+    for (i, position, token), log_prob in zip(at, log_probs_BNV[which, positions, tokens].tolist(), strict=True):
+        if position == keep - 1:
+            rows[i].alternatives[token] = log_prob
+        else:
+            rows[i].log_probs.append(log_prob)

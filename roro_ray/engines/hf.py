@@ -1,0 +1,267 @@
+"""The engine of the embedded world: a Hugging Face causal language model in this process.
+
+Concurrent requests are gathered into batches for one worker thread, greedy steps are remembered, and the states of
+the text so far are kept, so that the next step of an episode computes only what was written since.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from roro_ray.engines.batching import Job, MicroBatcher
+from roro_ray.engines.decoding import DecodeStats, Row, StepDecoder
+from roro_ray.engines.loading import LoadedModel, load_model, resolve_model_path
+from roro_ray.engines.memo import GreedyMemo
+from roro_ray.engines.protocol import ChoiceScores, EngineFacts, StepRequest, StepResult
+from roro_ray.engines.sampling import make_stream_key
+from roro_ray.engines.text import StepText
+from roro_ray.errors import EngineError
+
+__all__ = ["EngineStats", "HfEngine", "resolve_model_path"]
+
+_LEAST_TOKENS = 1 << 15  # rows x columns of a batch where cache_mb would allow fewer
+_TAIL_SHARE = 4  # a batch shrunk below 1/4 makes way for waiting requests
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """Ask for the probabilities of given continuations of a prefix."""
+
+    prefix: str
+    choices: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class EngineStats(DecodeStats):
+    """What an engine was asked and what it computed; `merged` requests shared another one's computation."""
+
+    requests: int = 0
+    memo_hits: int = 0
+    merged: int = 0
+
+
+Request = StepRequest | ScoreRequest
+Result = StepResult | ChoiceScores
+EngineJob = Job[Request, Result]
+
+
+class HfEngine:
+    """A model directory behind the `Engine` protocol.
+
+    `path` is a directory in Hugging Face format or `world:NAME`; `batch_size` bounds the requests of one batch;
+    `memo_entries` the greedy steps remembered (0: none); `cache_mb` the MiB of key/value states kept between steps
+    (0: none) and, again, those of one batch; `max_wait_s` holds batches back for more requests.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: str,
+        device: str = "cpu",
+        dtype: str = "float32",
+        batch_size: int = 256,
+        memo_entries: int = 400_000,
+        max_wait_s: float = 0.0,
+        cache_mb: int = 256,
+    ):
+        self.name = name
+        self.path = path
+        self.device = device
+        self.dtype = dtype
+        self.memo_entries = memo_entries
+        self.cache_mb = cache_mb
+        self._requests = 0
+        self._memo_hits = 0
+        self._loading = threading.Lock()
+        self._facts: EngineFacts | None = None
+        self._batcher: MicroBatcher[Request, Result] = MicroBatcher(
+            self._run, batch_size, max_wait_s, name=f"engine {name}"
+        )
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counts since the engine was made."""
+        decoded = asdict(self._decoder.stats) if self._facts is not None else {}
+        return EngineStats(requests=self._requests, memo_hits=self._memo_hits, merged=self._batcher.merged, **decoded)
+
+    async def ready(self) -> EngineFacts:
+        """Load the model; again at no cost.
+
+        Raises:
+            ConfigError: the dtype, the device or the name of a shipped model is wrong.
+            EngineError: the model directory is missing, incomplete, has no tokenizer or no safetensors.
+        """
+        return self._facts if self._facts is not None else await asyncio.to_thread(self._load)
+
+    async def generate_step(self, request: StepRequest) -> StepResult:
+        """Write one step; concurrent calls are batched and do not change each other's result.
+
+        Raises:
+            EngineError: the request is malformed or longer than the model's positions, or its batch failed.
+        """
+        if self._facts is None:
+            await self.ready()
+        self._requests += 1
+        if request.max_tokens < max(1, len(request.kept_ids)):
+            raise EngineError(
+                f"engine {self.name}: max_tokens={request.max_tokens} with {len(request.kept_ids)} kept ids: expected "
+                "at least 1 and at least the number of kept ids, since it bounds the whole step"
+            )
+        known = self._memo.find(request)
+        if known is not None:
+            self._memo_hits += 1
+            return known
+        result = await self._batcher.submit(request, key=request)
+        assert isinstance(result, StepResult)
+        return result
+
+    async def score_choices(self, prefix: str, choices: tuple[str, ...]) -> ChoiceScores:
+        """Score given continuations of a prefix; an empty one has log-probability 0 and no tokens.
+
+        Raises:
+            EngineError: prefix and choice are longer than the model's positions, or the batch failed.
+        """
+        if self._facts is None:
+            await self.ready()
+        self._requests += 1
+        request = ScoreRequest(prefix, tuple(choices))
+        result = await self._batcher.submit(request, key=request)
+        assert isinstance(result, ChoiceScores)
+        return result
+
+    def _load(self) -> EngineFacts:
+        with self._loading:
+            if self._facts is not None:
+                return self._facts
+            started = time.perf_counter()
+            loaded = load_model(self.path, self.device, self.dtype)
+            self._text = StepText(loaded.tokenizer, loaded.eos_ids, loaded.vocabulary)
+            self._memo = GreedyMemo(self.memo_entries, self._text.render)
+            self._max_positions = loaded.max_positions
+            self._decoder = self._make_decoder(loaded)
+            self._facts = EngineFacts(
+                name=self.name,
+                model=str(Path(self.path)) if ":" not in self.path else self.path,
+                device=str(loaded.shape.device),
+                parameters=loaded.parameters,
+                flops_per_token=2.0 * loaded.parameters,
+                seconds=time.perf_counter() - started,
+                fingerprint=loaded.fingerprint,
+            )
+            return self._facts
+
+    def _make_decoder(self, loaded: LoadedModel) -> StepDecoder:
+        tokens = (self.cache_mb << 20) // loaded.shape.bytes_per_token
+        return StepDecoder(loaded.model, self._text, loaded.shape, loaded.masks, tokens, max(tokens, _LEAST_TOKENS))
+
+    # Below: the worker thread.
+
+    def _run(self, jobs: list[EngineJob]) -> None:
+        scores = [job for job in jobs if isinstance(job.request, ScoreRequest)]
+        steps = [job for job in jobs if isinstance(job.request, StepRequest)]
+        if scores:
+            self._score(scores)
+        if steps:
+            self._decode(steps)
+
+    def _decode(self, jobs: list[EngineJob]) -> None:
+        job_of = {id(row): job for job, row in zip(jobs, self._make_rows(jobs), strict=True) if row is not None}
+        rows = [job.state for job in job_of.values() if isinstance(job.state, Row)]
+        cancelled = self._batcher.cancelled
+
+        def on_finish(finished: list[Row]) -> None:
+            self._answer_steps([(job_of[id(row)], row) for row in finished])
+
+        def keep(alive: list[Row]) -> list[Row]:
+            nonlocal cancelled
+            if self._batcher.cancelled != cancelled:
+                cancelled = self._batcher.cancelled
+                wanted = set(map(id, self._batcher.drop_abandoned([job_of[id(row)] for row in alive])))
+                alive = [row for row in alive if id(job_of[id(row)]) in wanted]
+            if _TAIL_SHARE * len(alive) > len(rows) or self._batcher.pending < _TAIL_SHARE * len(alive):
+                return alive
+            # A few long steps would hold up many waiting ones: they go on in the next batch.
+            self._batcher.put_back([job_of[id(row)] for row in alive])
+            return []
+
+        self._decoder.decode(rows, on_finish, keep)
+
+    def _make_rows(self, jobs: list[EngineJob]) -> list[Row | None]:
+        """A row for each job (None where it cannot be: then the job has failed)."""
+        new = [job for job in jobs if job.state is None]
+        for job, ids in zip(new, self._text.encode([job.request.prefix for job in new]), strict=True):
+            request = job.request
+            assert isinstance(request, StepRequest)
+            strange = [token for token in request.kept_ids if not 0 <= token < len(self._text.may_end)]
+            if strange:
+                message = f"kept id {strange[0]} is none of this model's: kept ids must come from the same engine"
+                self._batcher.fail([job], EngineError(f"engine {self.name}: {message}"))
+            elif self._fits(job, len(ids), request.max_tokens):
+                key = make_stream_key(request.seed, request.prefix)
+                job.state = Row([*ids, *request.kept_ids], len(ids), request.max_tokens, request.temperature, key)
+        return [job.state if isinstance(job.state, Row) else None for job in jobs]
+
+    def _fits(self, job: EngineJob, prefix: int, more: int) -> bool:
+        """Whether prefix and step fit the model's positions; fails the job where not."""
+        if self._max_positions is None or prefix + more <= self._max_positions:
+            return True
+        message = (
+            f"engine {self.name}: a prefix of {prefix} tokens and up to {more} more do not fit the model's "
+            f"{self._max_positions} positions: lower episode.max_step_tokens or episode.max_steps, or take a model "
+            "with a longer context"
+        )
+        self._batcher.fail([job], EngineError(message))
+        return False
+
+    def _answer_steps(self, finished: Sequence[tuple[EngineJob, Row]]) -> None:
+        answers: list[tuple[EngineJob, Result]] = []
+        for job, row in finished:
+            assert isinstance(job.request, StepRequest) and row.finish is not None
+            result = StepResult(
+                text=row.text,
+                token_ids=tuple(row.ids[row.start :]),
+                log_probs=tuple(row.log_probs),
+                finish=row.finish,
+                prefix_tokens=row.start,
+                first_entropy=row.first_entropy,
+            )
+            self._memo.keep(job.request, result)
+            answers.append((job, result))
+        self._batcher.answer(answers)
+
+    def _score(self, jobs: list[EngineJob]) -> None:
+        encoded = self._text.encode([job.request.prefix for job in jobs])
+        rows: dict[tuple[int, ...], Row] = {}
+        wanted: list[tuple[EngineJob, int, list[tuple[Row | None, int]]]] = []
+        for job, prefix in zip(jobs, encoded, strict=True):
+            assert isinstance(job.request, ScoreRequest)
+            choices = [self._text.encode_continuation(job.request.prefix, prefix, c) for c in job.request.choices]
+            if self._fits(job, len(prefix), max(map(len, choices), default=0)):
+                wanted.append((job, len(prefix), [_add_choice(rows, prefix, choice) for choice in choices]))
+        self._decoder.score(list(rows.values()))
+        answers: list[tuple[EngineJob, Result]] = []
+        for job, length, found in wanted:
+            logs = [[*row.log_probs, row.alternatives[last]] if row else [] for row, last in found]
+            scores = ChoiceScores(
+                log_probs=tuple(map(sum, logs)),
+                tokens=tuple(map(len, logs)),
+                min_log_probs=tuple(min(values, default=0.0) for values in logs),
+                prefix_tokens=length,
+            )
+            answers.append((job, scores))
+        self._batcher.answer(answers)
+
+
+def _add_choice(rows: dict[tuple[int, ...], Row], prefix: list[int], choice: list[int]) -> tuple[Row | None, int]:
+    """The row that reads all but a choice's last token (choices that part there only share it), and that token."""
+    if not choice:
+        return None, 0
+    read = (*prefix, *choice[:-1])
+    row = rows.setdefault(read, Row(list(read), len(prefix), max_tokens=len(choice) - 1))
+    row.alternatives[choice[-1]] = 0.0
+    return row, choice[-1]

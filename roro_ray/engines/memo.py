@@ -1,0 +1,74 @@
+"""What greedy decoding wrote before: asked again, it would write the same.
+
+Only one run is kept for each prefix, the longest known: a shorter token limit is answered by cutting it, a kept
+peek that agrees with it is answered by it. Prefixes are held as 16-byte digests, since texts would dominate.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+from roro_ray.engines.protocol import StepRequest, StepResult
+
+
+class GreedyMemo:
+    """At most `entries` greedy steps by prefix, the oldest forgotten first; 0 entries remember nothing.
+
+    `render` turns the token ids of an unfinished step into its text.
+    """
+
+    def __init__(self, entries: int, render: Callable[[tuple[int, ...]], str]):
+        self._entries = entries
+        self._render = render
+        self._steps: dict[bytes, StepResult] = {}
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def find(self, request: StepRequest) -> StepResult | None:
+        """The result that decoding this request would give, or None where that is not known."""
+        if request.temperature > 0 or not self._entries:
+            return None
+        known = self._steps.get(_digest(request.prefix))
+        if known is None or known.token_ids[: len(request.kept_ids)] != request.kept_ids:
+            return None
+        length = len(known.token_ids)
+        if request.max_tokens < length:
+            return self._cut(known, request.max_tokens)
+        # An unfinished run answers its own limit only: with more tokens to go it would have gone on.
+        return known if known.finish != "length" or request.max_tokens == length else None
+
+    def keep(self, request: StepRequest, result: StepResult) -> None:
+        """Remember a decoded greedy step, unless a longer run of the same prefix is known."""
+        if request.temperature > 0 or not self._entries or not self._is_greedy(request):
+            return
+        digest = _digest(request.prefix)
+        known = self._steps.get(digest)
+        if known is not None and len(known.token_ids) >= len(result.token_ids):
+            return
+        while known is None and len(self._steps) >= self._entries:
+            self._steps.pop(next(iter(self._steps)), None)
+        self._steps[digest] = result
+
+    def _is_greedy(self, request: StepRequest) -> bool:
+        """Whether the kept ids are what greedy decoding wrote (only a run that we saw tells)."""
+        if not request.kept_ids:
+            return True
+        known = self._steps.get(_digest(request.prefix))
+        return known is not None and known.token_ids[: len(request.kept_ids)] == request.kept_ids
+
+    def _cut(self, known: StepResult, length: int) -> StepResult:
+        ids = known.token_ids[:length]
+        return StepResult(
+            text=self._render(ids),
+            token_ids=ids,
+            log_probs=known.log_probs[:length],
+            finish="length",
+            prefix_tokens=known.prefix_tokens,
+            first_entropy=known.first_entropy,
+        )
+
+
+def _digest(prefix: str) -> bytes:
+    return hashlib.blake2b(prefix.encode("utf-8", "surrogatepass"), digest_size=16).digest()
