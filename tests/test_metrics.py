@@ -204,7 +204,7 @@ def by_hand():
 
 def test_frontier_figures_by_hand():
     small, large, sweep, weights = by_hand()
-    assert sweep.corners == {axis: (0,) for axis in COST_AXES}
+    assert sweep.corners == dict.fromkeys(COST_AXES, (0,))
     figures = {name: point(values) for name, values in measure_frontier(sweep, small, large, weights).items()}
     assert figures["frontier_area"] == pytest.approx(0.84)
     assert figures["apgr"] == pytest.approx((0.84 - 0.4) / 0.6)
@@ -222,7 +222,7 @@ def test_frontier_figures_by_hand():
 def test_random_routing_on_the_diagonal_recovers_half_the_gap():
     small, large, _, weights = by_hand()
     diagonal = [make_row([0.4 + 0.6 * p] * 10, share=p, flops=10 + 90 * p) for p in (0.25, 0.5, 0.75)]
-    sweep = Sweep("random", tuple(diagonal), (), 0, {axis: (0, 1, 2) for axis in COST_AXES})
+    sweep = Sweep("random", tuple(diagonal), (), 0, dict.fromkeys(COST_AXES, (0, 1, 2)))
     figures = measure_frontier(sweep, small, large, weights)
     assert point(figures["apgr"]) == pytest.approx(0.5)
     for level in (50, 80, 95):

@@ -88,7 +88,7 @@ def test_reset_forgives_what_came_before():
 
 def test_equal_steps_are_searched_once():
     # On easy steps both models write the same, so the prefixes do not double: the search stays linear.
-    _, pool, results = find(["a" * 10 + "x"])
+    _, _, results = find(["a" * 10 + "x"])
     assert not results[0].solved and results[0].exact
     assert results[0].expanded <= 4 * 12 + 4
     assert results[0].strategy == "script:0"

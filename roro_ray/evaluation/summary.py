@@ -103,7 +103,7 @@ def _summarise_group(sweeps: Mapping[str, Sweep], columns: np.ndarray, weights_R
         entry["unscorable"] = sum(scores.unscorable for scores in (*sweep.test, *sweep.validation))
         entry["error"] = next((scores.error for scores in (*sweep.test, *sweep.validation) if scores.error), None)
         entry["frontier"] = _frontier_points(sweep, small, large, weights_RQ[:1]) if sweep.corners else []
-        entry["frontier_area_test_hull"] = _test_hull_area(entry["frontier"], small, large)
+        entry["frontier_area_test_hull"] = _test_hull_area(entry["frontier"], small, large, weights_RQ[:1])
         for baseline in BASELINES:
             if baseline in taken and baseline != method:
                 versus = measure_difference(sweep.operating, taken[baseline].operating, weights_RQ)
@@ -134,13 +134,13 @@ def _frontier_points(sweep: Sweep, small: Scores, large: Scores, one_RQ: Floats)
     return points
 
 
-def _test_hull_area(points: Sequence[Mapping[str, Any]], small: Scores, large: Scores) -> float | None:
+def _test_hull_area(points: Sequence[Mapping[str, Any]], small: Scores, large: Scores, one_RQ: Floats) -> float | None:
     """Area under the concave hull of the test points themselves: flattering, shown beside the honest one."""
     if not points:
         return None
-    ends = [(float(np.nanmean(s.of("cost_share"))), float(np.nanmean(s.of("accuracy")))) for s in (small, large)]
+    ends = [measure_setting(scores, small, large, one_RQ) for scores in (small, large)]
     inner = [(at["cost_share"], at["accuracy"]) for at in points if at["accuracy"] is not None]
-    return hull_area([*ends, *inner])
+    return hull_area([*((float(end["cost_share"][0]), float(end["accuracy"][0])) for end in ends), *inner])
 
 
 def save_summary(summary: Mapping[str, Any], examples: Sequence[Any], directory: Path) -> None:
