@@ -23,7 +23,8 @@ class CostLedger:
     Args:
         flops_per_token: 2 x parameters of each model, cheap to dear.
         steps: steps already written, where the episode goes on from a prefix; the models that wrote or drafted
-            them are taken to have kept their caches, so that going on costs what the whole episode would have.
+            them are taken to have kept their caches, so that going on costs what the whole episode would have
+            (a verifier leaves no trace in a step, and is taken to have read nothing).
     """
 
     def __init__(self, flops_per_token: Sequence[float] = (), steps: Sequence[Step] = ()) -> None:

@@ -144,7 +144,8 @@ class PriorConfidencePolicy(_Rule):
 
     async def decide(self, observation: Observation) -> Decision:
         confidence = observation.steps[-1].confidence_min if observation.steps else 1.0
-        return choose_model(observation.pool_size - 1 if confidence < self.threshold else 0, observation.pool_size)
+        dear = confidence < self.threshold
+        return choose_model(observation.pool_size - 1 if dear else 0, observation.pool_size, confidence)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from roro_ray.config import STEP_DELIMITER
-from roro_ray.routing.batching import MicroBatcher
+from roro_ray.engines.batching import Job, MicroBatcher
 from roro_ray.routing.draws import draw_uniform
 from roro_ray.routing.observation import Observation
 from roro_ray.routing.router import RouterNetwork, fill_router
@@ -40,7 +40,7 @@ class _Core:
     def __init__(self, network: RouterNetwork, version: int) -> None:
         self.network = network.eval()
         self.version = version
-        self.batcher = MicroBatcher(self.compute, _BATCH_DECISIONS, "router")
+        self.batcher: MicroBatcher[_Reading, list[float]] = MicroBatcher(self._run, _BATCH_DECISIONS, 0.0, "router")
         self._states: dict[str, torch.Tensor] = {}
         self._written = 0
         self._flops_per_token = network.flops_per_token
@@ -58,6 +58,10 @@ class _Core:
         last_step_tokens = len(pieces[-1]) if observation.steps else 0
         observation.ledger.charge_router(len(ids), last_step_tokens, self._flops_per_token)
         return _Reading(observation.prefix, ids, observation.features)
+
+    def _run(self, jobs: list[Job[_Reading, list[float]]]) -> None:
+        log_probs = self.compute([job.request for job in jobs])
+        self.batcher.answer(list(zip(jobs, log_probs, strict=True)))
 
     @torch.inference_mode()
     def compute(self, readings: Sequence[_Reading]) -> list[list[float]]:
