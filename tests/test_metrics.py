@@ -230,7 +230,7 @@ def test_random_routing_on_the_diagonal_recovers_half_the_gap():
 
 
 def test_without_a_gap_there_is_no_share_of_it():
-    small, large, sweep, weights = by_hand()
+    _, large, sweep, weights = by_hand()
     figures = measure_frontier(sweep, large, large, weights)
     assert [point(figures[name]) for name in ("apgr", "cpt50", "cpt95", "cpt80_tokens")] == [None] * 4
     assert point(measure_setting(sweep.operating, large, large, weights)["pgr"]) is None

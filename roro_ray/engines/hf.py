@@ -7,6 +7,7 @@ the text so far are kept, so that the next step of an episode computes only what
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from roro_ray.engines.batching import Job, MicroBatcher
 from roro_ray.engines.decoding import DecodeStats, Row, StepDecoder
 from roro_ray.engines.loading import LoadedModel, load_model, resolve_model_path
-from roro_ray.engines.memo import GreedyMemo
+from roro_ray.engines.memo import GreedyMemo, ScoreMemo
 from roro_ray.engines.protocol import ChoiceScores, EngineFacts, StepRequest, StepResult
 from roro_ray.engines.sampling import make_stream_key
 from roro_ray.engines.text import StepText
@@ -75,6 +76,7 @@ class HfEngine:
         self.dtype = dtype
         self.memo_entries = memo_entries
         self.cache_mb = cache_mb
+        self._scores = ScoreMemo(memo_entries)
         self._requests = 0
         self._memo_hits = 0
         self._loading = threading.Lock()
@@ -130,8 +132,13 @@ class HfEngine:
             await self.ready()
         self._requests += 1
         request = ScoreRequest(prefix, tuple(choices))
+        known = self._scores.find(prefix, request.choices)
+        if known is not None:
+            self._memo_hits += 1
+            return known
         result = await self._batcher.submit(request, key=request)
         assert isinstance(result, ChoiceScores)
+        self._scores.keep(prefix, request.choices, result)
         return result
 
     def _load(self) -> EngineFacts:
@@ -197,25 +204,27 @@ class HfEngine:
         for job, ids in zip(new, self._text.encode([job.request.prefix for job in new]), strict=True):
             request = job.request
             assert isinstance(request, StepRequest)
-            strange = [token for token in request.kept_ids if not 0 <= token < len(self._text.may_end)]
-            if strange:
-                message = f"kept id {strange[0]} is none of this model's: kept ids must come from the same engine"
-                self._batcher.fail([job], EngineError(f"engine {self.name}: {message}"))
-            elif self._fits(job, len(ids), request.max_tokens):
+            whole = [*ids, *request.kept_ids]
+            if self._fits(job, whole, len(ids) + request.max_tokens):
                 key = make_stream_key(request.seed, request.prefix)
-                job.state = Row([*ids, *request.kept_ids], len(ids), request.max_tokens, request.temperature, key)
+                job.state = Row(whole, len(ids), request.max_tokens, request.temperature, key)
         return [job.state if isinstance(job.state, Row) else None for job in jobs]
 
-    def _fits(self, job: EngineJob, prefix: int, more: int) -> bool:
-        """Whether prefix and step fit the model's positions; fails the job where not."""
-        if self._max_positions is None or prefix + more <= self._max_positions:
+    def _fits(self, job: EngineJob, ids: list[int], length: int) -> bool:
+        """Whether the model can take these ids and so many positions; fails the job where not."""
+        if min(ids) < 0 or max(ids) >= self._text.vocabulary:
+            message = (
+                f"token id {max(ids)} lies beyond the {self._text.vocabulary} tokens that the model embeds: kept ids "
+                "must come from the same engine, and text must not use tokens that were added to the tokenizer alone"
+            )
+        elif self._max_positions is not None and length > self._max_positions:
+            message = (
+                f"prefix and step may take {length} tokens, more than the model's {self._max_positions} positions: "
+                "lower episode.max_step_tokens or episode.max_steps, or take a model with a longer context"
+            )
+        else:
             return True
-        message = (
-            f"engine {self.name}: a prefix of {prefix} tokens and up to {more} more do not fit the model's "
-            f"{self._max_positions} positions: lower episode.max_step_tokens or episode.max_steps, or take a model "
-            "with a longer context"
-        )
-        self._batcher.fail([job], EngineError(message))
+        self._batcher.fail([job], EngineError(f"engine {self.name}: {message}"))
         return False
 
     def _answer_steps(self, finished: Sequence[tuple[EngineJob, Row]]) -> None:
@@ -241,7 +250,8 @@ class HfEngine:
         for job, prefix in zip(jobs, encoded, strict=True):
             assert isinstance(job.request, ScoreRequest)
             choices = [self._text.encode_continuation(job.request.prefix, prefix, c) for c in job.request.choices]
-            if self._fits(job, len(prefix), max(map(len, choices), default=0)):
+            whole = [*prefix, *itertools.chain(*choices)]
+            if self._fits(job, whole, len(prefix) + max(map(len, choices), default=0)):
                 wanted.append((job, len(prefix), [_add_choice(rows, prefix, choice) for choice in choices]))
         self._decoder.score(list(rows.values()))
         answers: list[tuple[EngineJob, Result]] = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 
-from roro_ray.engines.protocol import StepRequest, StepResult
+from roro_ray.engines.protocol import ChoiceScores, StepRequest, StepResult
 
 
 class GreedyMemo:
@@ -68,6 +68,30 @@ class GreedyMemo:
             prefix_tokens=known.prefix_tokens,
             first_entropy=known.first_entropy,
         )
+
+
+class ScoreMemo:
+    """At most `entries` scored requests, the oldest forgotten first: scoring draws nothing, so it repeats itself."""
+
+    def __init__(self, entries: int):
+        self._entries = entries
+        self._scores: dict[bytes, ChoiceScores] = {}
+
+    def find(self, prefix: str, choices: tuple[str, ...]) -> ChoiceScores | None:
+        """The scores that this request would get, or None where that is not known."""
+        return self._scores.get(_digest_choices(prefix, choices)) if self._entries else None
+
+    def keep(self, prefix: str, choices: tuple[str, ...], scores: ChoiceScores) -> None:
+        """Remember the scores of a request."""
+        if self._entries:
+            while len(self._scores) >= self._entries:
+                self._scores.pop(next(iter(self._scores)), None)
+            self._scores[_digest_choices(prefix, choices)] = scores
+
+
+def _digest_choices(prefix: str, choices: tuple[str, ...]) -> bytes:
+    # Each part by its own digest, so that no two requests can run together into one text.
+    return hashlib.blake2b(b"".join(map(_digest, (prefix, *choices))), digest_size=16).digest()
 
 
 def _digest(prefix: str) -> bytes:
