@@ -60,9 +60,9 @@ METHODS: dict[str, MethodInfo] = {
     "random_rubrics": MethodInfo("GRPO + random rubrics", "router", "the process reward reads random rubrics"),
     "fixed_rubric": MethodInfo("GRPO + one fixed rubric", "router", "the process reward reads one rubric for all"),
     "roro": MethodInfo("RoRo", "router", "trained on outcome, cost and the rubric's verdict"),
+    "roro_step": MethodInfo("RoRo, credit per step", "router", "a criterion that names a step credits that step"),
     "oracle": MethodInfo("Hindsight oracle", "answers", "knows the gold answer: the bound, not a rival"),
 }
-ROUTER_METHODS = ("grpo_outcome", "grpo_outcome_tuned", "random_rubrics", "fixed_rubric", "roro")
 # A threshold that keeps every draft, so that a rule's signal can be watched along the small model's own text.
 KEEP_ALL = {"confidence": "confidence:0", "draft_verify": "draft_verify:0", "glimpse": "glimpse:1e9"}
 
