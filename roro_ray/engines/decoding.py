@@ -91,7 +91,7 @@ class StepDecoder:
         self._masks = masks
         self._device = shape.device
         self._kv = BatchKV(shape)
-        self._known = PrefixKV(shape, capacity, len(text.may_end)) if capacity else None
+        self._known = PrefixKV(shape, capacity, text.vocabulary) if capacity else None
         self._most_tokens = most_tokens
 
     @torch.inference_mode()
@@ -159,7 +159,7 @@ class StepDecoder:
             padding += count - missing[end]
             needed = max(needed, rows[end].needed)
             too_padded = padding > _PAD_SLACK + (size * count - padding) // 4
-            if too_padded or size * count > _MOST_PREFILL or size * needed * len(self._text.may_end) > _MOST_LOGITS:
+            if too_padded or size * count > _MOST_PREFILL or size * needed * self._text.vocabulary > _MOST_LOGITS:
                 return end
         return len(rows)
 

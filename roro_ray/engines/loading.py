@@ -83,9 +83,9 @@ def load_model(path: str, device: str, dtype: str) -> LoadedModel:
     model = _load_weights(directory, torch_dtype, torch_device)
     embeddings = cast(torch.nn.Embedding, model.get_input_embeddings())
     vocabulary = embeddings.num_embeddings
-    if len(tokenizer) > vocabulary:
+    if tokenizer.vocab_size > vocabulary:  # tokens added later may lie beyond: an error where a text uses them
         raise EngineError(
-            f"the tokenizer in {directory} has {len(tokenizer)} tokens but the model embeds {vocabulary}: "
+            f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens but the model embeds {vocabulary}: "
             "they are not a pair; save model and tokenizer together"
         )
     eos_ids = _read_eos_ids(model, tokenizer, vocabulary)

@@ -26,7 +26,9 @@ class StepText:
             # A tokenizer.json may ask for truncation or padding, which would change a prefix in silence.
             self._backend.no_truncation()
             self._backend.no_padding()
-        pieces = tokenizer.batch_decode([[token] for token in range(len(tokenizer))], skip_special_tokens=False)
+        self.vocabulary = vocabulary
+        tokens = range(min(len(tokenizer), vocabulary))
+        pieces = tokenizer.batch_decode([[token] for token in tokens], skip_special_tokens=False)
         characters = set(STEP_DELIMITER)
         self.may_end = [not characters.isdisjoint(piece) for piece in pieces] + [False] * (vocabulary - len(pieces))
         for token in self._eos_ids:
