@@ -96,6 +96,7 @@ def resolve_config(overrides: Sequence[str], file: str | Path | None) -> Config:
 def run_stage(run: RunDir, stage: str, title: str) -> Iterator[dict[str, object]]:
     """Announce a stage, time it, and record it as done; the block may fill the dict with facts to record."""
     say(f"{title} ...")
+    run.reopen_after(stage)
     began = time.monotonic()
     facts: dict[str, object] = {}
     yield facts

@@ -20,6 +20,8 @@ class Progress:
     def __init__(self, what: str, total: int, unit: str, done: int = 0) -> None:
         self.what, self.total, self.unit = what, total, unit
         self.done = self._before = done
+        self._told = done > 0
+        self._label = ""
         self._began = self._last_line = time.monotonic()
         self._bar: tqdm[object] | None = None
         if sys.stderr.isatty():
@@ -36,11 +38,26 @@ class Progress:
         """Tell that `count` more units are done."""
         self.move_to(self.done + count)
 
-    def start_at(self, done: int) -> None:
-        """Tell how many units are done in all, where that may be more than this run did: see `done`."""
-        if self.done == self._before:
-            self._before = done
+    def start_at(self, done: int, label: str = "") -> None:
+        """Tell how many units are done in all; what the first call tells was done by an earlier run.
+
+        Args:
+            label: of what comes next, shown beside the bar or as a line.
+        """
+        if not self._told:
+            self._before, self._told = done, True
         self.move_to(done)
+        if label:
+            self._label = label
+            self.note("")
+            if self._bar is None:
+                print(f"  {self.what}: {label} ({done}/{self.total})", file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        """Show a few words beside the bar."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(" ".join(part for part in (self._label, text) if part), refresh=False)
+            self._bar.total = self.total
 
     def move_to(self, done: int) -> None:
         """Tell how many units are done in all."""

@@ -1,24 +1,43 @@
-"""The stages as one line each for the jobs that chain them: read what the stage before left, work, write, record.
+"""The stages as the jobs chain them: read what the stage before left, work, write, record.
 
-A stage that is finished is not done again. The algorithms are in `roro_ray`, the placement in `actors`; what is here is
-the order of things and what is shown while they happen.
+A stage that is finished is not done again, and one that was interrupted goes on. The algorithms are in `roro_ray`, the
+placement in `actors`; what is here is the order of things and what is shown while they happen.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from jobs._cli import run_stage, say
 from jobs._progress import Progress
 from roro_ray.config import Config
-from roro_ray.data.run_dir import RunDir
+from roro_ray.data.run_dir import RunDir, read_json, write_json
 
 if TYPE_CHECKING:
+    from actors.reward_service import RewardClient
     from actors.rollout import Results, RolloutPool
     from roro_ray.routing.episode import EpisodeSpec
+
+# The ways to train a router that are compared, and what is theirs in the settings.
+ROUTER_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "roro": {},
+    "roro_step": {"router": {"credit": "step"}},
+    "grpo_outcome": {"router": {"beta": 0.0, "credit": "trajectory"}},
+    "random_rubrics": {"reward": {"rubric_source": "random"}},
+    "fixed_rubric": {"reward": {"rubric_source": "fixed"}},
+}
+
+
+def method_config(config: Config, method: str) -> Config:
+    """The settings of one way to train the router, from those of the run."""
+    changes = ROUTER_SETTINGS[method]
+    router = replace(config.router, **changes.get("router", {}))
+    return replace(config, router=router, reward=replace(config.reward, **changes.get("reward", {})))
 
 
 @contextmanager
@@ -27,6 +46,7 @@ def open_pool(config: Config) -> Iterator[RolloutPool]:
     from actors.cluster import open_cluster
     from actors.rollout import RolloutPool
 
+    say("Starting Ray and the rollout workers ...")
     with open_cluster(config.ray):
         pool = RolloutPool.start(config)
         try:
@@ -36,11 +56,11 @@ def open_pool(config: Config) -> Iterator[RolloutPool]:
 
 
 def collect_stage(config: Config, run: RunDir, pool: RolloutPool) -> None:
-    """Stage 1: roll out every strategy on the training queries; goes on where it was interrupted."""
+    """Stage 1: roll out every strategy on the training queries."""
     from roro_ray.data.collection import collect
     from roro_ray.plan import count_collected
 
-    if _skip(run, "collect"):
+    if _is_done(run, "collect"):
         return
     total = count_collected(config)
     with run_stage(run, "collect", "Collect trajectories") as facts, Progress("collect", total, "episodes") as bar:
@@ -63,14 +83,12 @@ def collect_stage(config: Config, run: RunDir, pool: RolloutPool) -> None:
 
 def pairs_stage(config: Config, run: RunDir, pool: RolloutPool) -> None:
     """Stage 2: preference pairs by outcome, cost and process quality."""
-    from collections import Counter
-
     from roro_ray.data.collection import training_queries
     from roro_ray.data.store import load_trajectories, save_pairs
     from roro_ray.reward.pairs import make_pairs, process_candidates
     from roro_ray.reward.process import measure_process
 
-    if _skip(run, "make_pairs"):
+    if _is_done(run, "make_pairs"):
         return
     run.require("collect")
     with run_stage(run, "make_pairs", "Make preference pairs") as facts:
@@ -81,9 +99,8 @@ def pairs_stage(config: Config, run: RunDir, pool: RolloutPool) -> None:
             with Progress("interventions", len(specs), "episodes") as bar:
                 return pool.run(specs, progress=lambda done, _: bar.move_to(done))
 
-        measured = measure_process(
-            queries, candidates, run_specs, config.pairs, config.episode.temperature, config.seed
-        )
+        temperature = config.episode.temperature
+        measured = measure_process(queries, candidates, run_specs, config.pairs, temperature, config.seed)
         quality = {name: process.quality for name, process in measured.items()}
         pairs = make_pairs(queries, trajectories, config.pairs, quality, config.seed)
         save_pairs(run.pairs / "pairs.parquet", pairs)
@@ -91,20 +108,167 @@ def pairs_stage(config: Config, run: RunDir, pool: RolloutPool) -> None:
         facts.update(unmeasured=len(candidates) - len(measured))
 
 
-def method_config(config: Config, method: str) -> Config:
-    """The settings of one way to train the router, from those of the run."""
-    router, reward = config.router, config.reward
-    if method in ("grpo_outcome", "grpo_outcome_tuned"):
-        router = replace(router, beta=0.0, credit="trajectory")
-    elif method == "roro_step":
-        router = replace(router, credit="step")
-    elif method in ("random_rubrics", "fixed_rubric"):
-        reward = replace(reward, rubric_source="random" if method == "random_rubrics" else "fixed")
-    return replace(config, router=router, reward=reward)
+def reward_stage(config: Config, run: RunDir) -> None:
+    """Stage 3: Rubricor and Judge by alternating optimisation; needs no Ray."""
+    from roro_ray.data.collection import training_queries
+    from roro_ray.data.store import load_pairs, load_trajectories
+    from roro_ray.reward.alternate import alternate
+    from roro_ray.reward.model import make_reward, save_reward
+    from roro_ray.reward.preference import group_pairs
+
+    if _is_done(run, "learn_reward"):
+        return
+    run.require("make_pairs")
+    settings = config.reward
+    updates = settings.rounds * (settings.judge_updates + settings.rubricor_updates)
+    with run_stage(run, "learn_reward", "Learn the reward") as facts, Progress("reward", updates, "updates") as bar:
+
+        def on_update(metrics: dict[str, float | str]) -> None:
+            run.log({"stage": "learn_reward", **metrics})
+            bar.advance()
+
+        items = group_pairs(training_queries(config), load_trajectories(run.trajectories), load_pairs(run.pairs))
+        trained, result = alternate(
+            make_reward(settings), items, config.pairs.folds, config.seed, run.reward / "rounds", on_update
+        )
+        summary = result.as_summary()
+        write_json(run.reward / "result.json", summary)
+        save_reward(trained, run.reward / "model")
+        facts.update(_round_all(summary["pair_accuracy"], ("warm", "trained", "shuffled_rubrics", "fixed_rubric")))
 
 
-def _skip(run: RunDir, stage: str) -> bool:
+def router_stage(config: Config, run: RunDir, pool: RolloutPool, method: str, name: str | None = None) -> None:
+    """Stage 4: train a router by GRPO in one of the ways of `ROUTER_SETTINGS`, under `router/NAME`."""
+    from actors.learner import train_router
+    from roro_ray.learning.router_run import load_finished
+
+    name = name or method
+    settings = method_config(config, method)
+    if load_finished(run.router(name), settings) is not None:
+        say(f"train_router ({name}): already done in {run.router(name)}")
+        return
+    if settings.router.beta:
+        run.require("learn_reward")
+    iterations, title = config.router.iterations, f"Train the router ({name})"
+    with run_stage(run, f"train_router-{name}", title) as facts, Progress(name, iterations, "iterations") as bar:
+
+        def progress(done: int, _: int, metrics: dict[str, float]) -> None:
+            run.log({"stage": f"train_router/{name}", **metrics})
+            bar.start_at(done - 1)
+            bar.move_to(done)
+
+        with _open_reward(settings, run) as reward:
+            result = train_router(settings, name, pool, reward, run.path, progress)
+        facts.update(iterations=len(result.metrics), restarts=result.restarts)
+
+
+def evaluate_stage(
+    config: Config, run: RunDir, pool: RolloutPool, extra: dict[str, Path] | None = None
+) -> dict[str, Any]:
+    """Stage 5: every method on the test queries; writes summary, figures and report, and returns the summary.
+
+    Args:
+        extra: routers that lie elsewhere than `router/METHOD`, by method.
+    """
+    import dataclasses
+
+    from roro_ray.evaluation.report import save_report
+
+    from actors.host import ClusterHost
+    from roro_ray.data.run_dir import make_versions
+    from roro_ray.evaluation.evaluate import evaluate
+    from roro_ray.evaluation.summary import load_summary, make_summary, save_summary
+
+    if _is_done(run, "evaluate"):
+        return load_summary(run.evaluation)[0]
+    run.require("collect")
+    with run_stage(run, "evaluate", "Evaluate") as facts, Progress("evaluate", 1, "stages") as bar:
+        episodes = 0
+
+        def count(done: int) -> None:
+            nonlocal episodes
+            episodes += done
+            bar.note(f"{episodes} episodes")
+
+        def progress(label: str, done: int, total: int) -> None:
+            bar.total = total
+            bar.start_at(done, label)
+
+        host = ClusterHost(pool, config.seed, count)
+        evaluation = evaluate(_make_inputs(config, run, extra or {}), host, progress)
+        judge = read_json(run.reward / "result.json") if run.is_done("learn_reward") else None
+        summary = make_summary(
+            evaluation, dataclasses.asdict(config), make_versions(), judge, config.evaluate.bootstrap, config.seed
+        )
+        save_summary(summary, evaluation.examples, run.evaluation)
+        save_report(run.evaluation, run.report, run.path / "frontier.png")
+        facts.update(episodes=episodes)
+    return summary
+
+
+def _make_inputs(config: Config, run: RunDir, extra: dict[str, Path]) -> Any:
+    from roro_ray.data.collection import training_queries
+    from roro_ray.data.store import load_trajectories
+    from roro_ray.evaluation.evaluate import Inputs, collect_alone
+    from roro_ray.evaluation.learning_curve import Snapshot
+    from roro_ray.evaluation.sweeps import QuerySets
+    from roro_ray.learning.router_run import FINISHED, list_snapshots
+    from roro_ray.world.tasks import make_queries
+
+    data = config.data
+    sets = [
+        tuple(query for suite in data.suites for query in make_queries(suite, split, count, data.seed))
+        for split, count in (("validation", data.validation_queries), ("test", data.test_queries))
+    ]
+    places = {method: run.router(method) for method in ROUTER_SETTINGS} | extra
+    routers = {method: place for method, place in places.items() if (place / FINISHED).is_file()}
+    batch = config.router.queries * config.router.group_size
+    snapshots: dict[str, Sequence[Snapshot]] = {
+        method: [Snapshot(done * batch, folder) for done, folder in list_snapshots(place).items()]
+        for method, place in routers.items()
+    }
+    alone = collect_alone(training_queries(config), load_trajectories(run.trajectories))
+    return Inputs(config, QuerySets(*sets), routers, snapshots, alone, _make_explain(config, run))
+
+
+def _make_explain(config: Config, run: RunDir) -> Any:
+    """Writes and judges the rubrics that the report shows beside its examples; None without a learned reward."""
+    if not run.is_done("learn_reward"):
+        return None
+
+    def explain(queries: Sequence[Any], trajectories: Sequence[Any]) -> list[Any]:
+        from roro_ray.reward.model import load_reward
+
+        reward = load_reward(run.reward / "model", config.reward)
+        rubrics = reward.write_rubrics(queries, config.seed)
+        verdicts = reward.score(queries, [[trajectory] for trajectory in trajectories], rubrics)
+        return [(rubric, verdict[0]) for rubric, verdict in zip(rubrics, verdicts, strict=True)]
+
+    return explain
+
+
+@contextmanager
+def _open_reward(config: Config, run: RunDir) -> Iterator[RewardClient | None]:
+    from actors.reward_service import RewardClient
+
+    if not config.router.beta:
+        with nullcontext():
+            yield None
+        return
+    warm = config.reward.rubric_source == "warm"
+    client = RewardClient.start(config, None if warm else run.reward / "model")
+    try:
+        yield client
+    finally:
+        client.stop()
+
+
+def _is_done(run: RunDir, stage: str) -> bool:
     if run.is_done(stage):
         say(f"{stage}: already done in {run.path}")
         return True
     return False
+
+
+def _round_all(values: Any, names: Sequence[str]) -> dict[str, float]:
+    return {name: round(values[name], 3) for name in names if values.get(name) is not None}

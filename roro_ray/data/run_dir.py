@@ -8,6 +8,7 @@ overwritten.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -35,6 +36,8 @@ _FREE_KEYS = (
     "episode.timeout_s",
     "reward.queue_size",
     "reward.timeout_s",
+    "router.iterations",
+    "router.workers",
     "router.max_failures",
     "router.checkpoint_every",
     "router.micro_batch",
@@ -101,6 +104,13 @@ class RunDir:
         marker.parent.mkdir(parents=True, exist_ok=True)
         write_json(marker, {"time": time.time(), **facts})
 
+    def reopen_after(self, stage: str) -> None:
+        """Forget that later stages finished, since what they read is about to change."""
+        order = [*STAGES]
+        for later in order[order.index(stage.partition("-")[0]) + 1 :]:
+            for marker in (self.path / "done").glob(f"{later}*.json"):
+                marker.unlink()
+
     def done_facts(self, stage: str) -> dict[str, Any]:
         """What `mark_done` recorded, or an empty dict."""
         return read_json(self._marker(stage)) if self.is_done(stage) else {}
@@ -146,10 +156,12 @@ def saved_config(run_dir: str | Path) -> Config | None:
 def _check_same_run(run: RunDir, config: Config) -> None:
     changes = changed_keys(load_saved_config(run.config_file), config)
     for stage in STAGES:
-        if not _has_output(run, stage):
-            continue
-        for key, (old, new) in changes.items():
-            if key.startswith(STAGE_KEYS[stage]) and key not in _FREE_KEYS:
+        shaping = {key: change for key, change in changes.items() if key.startswith(STAGE_KEYS[stage])}
+        if stage == "evaluate" and shaping:
+            # Nothing is built on an evaluation: it is done again under the new settings.
+            run.reopen_after("train_router")
+        elif _has_output(run, stage):
+            for key, (old, new) in ((key, change) for key, change in shaping.items() if key not in _FREE_KEYS):
                 raise ConfigError(
                     f"run_dir={run.path} holds a run whose {stage} was made with {key}={old}, now {key}={new}. "
                     f"To resume that run, leave {key} out; for a new run, give another run_dir."
@@ -170,7 +182,7 @@ def _has_output(run: RunDir, stage: str) -> bool:
 def append_metrics(path: str | Path, record: Mapping[str, Any]) -> None:
     """Append one JSON line in a single write, so that processes do not mix; closes off a half line that a kill left."""
     path = Path(path)
-    line = json.dumps({"time": round(time.time(), 3), **record}, default=str) + "\n"
+    line = json.dumps(_finite({"time": round(time.time(), 3), **record}), default=str) + "\n"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         size = os.fstat(descriptor).st_size
@@ -179,6 +191,13 @@ def append_metrics(path: str | Path, record: Mapping[str, Any]) -> None:
         os.write(descriptor, line.encode())
     finally:
         os.close(descriptor)
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for NaN and infinity, which JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:

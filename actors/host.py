@@ -1,0 +1,75 @@
+"""The rollout workers as an evaluation sees them: episodes, routers from disk, the oracle's search."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from actors.dispatch import assign_workers
+from actors.rollout import RolloutPool
+from actors.waiting import wait_for
+from roro_ray.evaluation.oracle import OracleResult
+from roro_ray.routing.episode import EpisodeFailure, EpisodeSpec
+from roro_ray.routing.router import load_router
+from roro_ray.types import Query, Trajectory
+
+_CHANNELS = itertools.count()
+
+
+class ClusterHost:
+    """Implements `evaluation.methods.Host` on a rollout pool.
+
+    Args:
+        seed: of the episodes that the oracle is compared with.
+        on_episodes: told of the episodes done since it was last called.
+    """
+
+    def __init__(self, pool: RolloutPool, seed: int, on_episodes: Callable[[int], None] = lambda count: None) -> None:
+        self._pool = pool
+        self._seed = seed
+        self._on_episodes = on_episodes
+        # Of its own: a training that runs beside the evaluation publishes too.
+        self._channel = f"host-{next(_CHANNELS)}"
+        self._version = 0
+
+    def run(self, specs: Sequence[EpisodeSpec]) -> list[Trajectory | EpisodeFailure]:
+        """Roll out episodes; results in the order of the specs."""
+        over = 0
+
+        def count(done: int, _: int) -> None:
+            nonlocal over
+            self._on_episodes(done - over)
+            over = done
+
+        return self._pool.run(specs, channel=self._channel, progress=count)
+
+    def use_router(self, directory: Path) -> None:
+        """Publish a saved router to the workers.
+
+        Raises:
+            CheckpointError: the directory holds no router for this pool.
+        """
+        network = load_router(directory, len(self._pool.facts[0].engines))
+        self._version += 1
+        self._pool.publish(network.state_dict(), self._version, self._channel)
+
+    def find_oracle(self, queries: Sequence[Query]) -> list[OracleResult]:
+        """Search the queries' fewest dear steps, each where the memo knows it.
+
+        Raises:
+            DeadlineError: no answer within the episodes' deadline.
+        """
+        workers = self._pool.workers
+        homes = assign_workers([query.id for query in queries], len(workers))
+        shares = [[i for i, home in enumerate(homes) if home == number] for number in range(len(workers))]
+        refs = [
+            worker.find_oracle.remote([queries[i] for i in share], self._seed)
+            for worker, share in zip(workers, shares, strict=True)
+        ]
+        answers = wait_for(refs, f"the oracle's search of {len(queries)} queries", self._pool.timeout_s, workers)
+        results: list[OracleResult | None] = [None] * len(queries)
+        for share, found in zip(shares, answers, strict=True):
+            for position, result in zip(share, found, strict=True):
+                results[position] = result
+        return [result for result in results if result is not None]
