@@ -30,6 +30,10 @@ class EngineError(RoroError, RuntimeError):
     """An engine could not load its model or generate a step."""
 
 
+class TrainingError(RoroError, RuntimeError):
+    """A training failed more often than it may be restarted, or ended without a result."""
+
+
 class ResourceError(RoroError, RuntimeError):
     """The cluster can never give the resources asked for."""
 

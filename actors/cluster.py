@@ -1,0 +1,124 @@
+"""Start, join and stop a Ray cluster, with the settings that were seen to work.
+
+On a laptop a stage starts its own cluster and stops it again; under `ray job submit` (or
+with RAY_ADDRESS set) it joins the one that runs. Whoever starts a cluster stops it: a joined one is only left.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from roro_ray.config import RayConfig
+
+logger = logging.getLogger(__name__)
+
+# One thread per process: with two, OpenMP's busy waiting makes processes that share cores 10 to 100 times slower.
+# Train's controller polls every 2 s by default, and `ray.train.report` waits for it.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+# Logical CPUs of a cluster that we start: actors ask for half a CPU and mostly wait for each other.
+_LOGICAL_PER_CORE = 2
+_LEAST_LOGICAL = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterFacts:
+    """The cluster in use: its address, whether we started it, and what it has in all."""
+
+    address: str
+    started: bool
+    resources: dict[str, float]
+
+
+@contextmanager
+def open_cluster(config: RayConfig, verbose: bool = False) -> Iterator[ClusterFacts]:
+    """A Ray to work on; stopped at the end if and only if it was started here.
+
+    `address`: `auto` joins the cluster that RAY_ADDRESS names and else starts one, `local` always starts one,
+    anything else is joined.
+
+    Raises:
+        ConnectionError: no cluster answers at the address to join.
+    """
+    set_environment()
+    import ray
+
+    if ray.is_initialized():
+        yield ClusterFacts(ray.get_runtime_context().gcs_address, False, ray.cluster_resources())
+        return
+    address = os.environ.get("RAY_ADDRESS", "local") if config.address == "auto" else config.address
+    if address != "local":
+        ray.init(address=address, log_to_driver=verbose, logging_level="WARNING")
+        try:
+            yield ClusterFacts(ray.get_runtime_context().gcs_address, False, ray.cluster_resources())
+        finally:
+            ray.shutdown()
+        return
+    temp_dir = Path(tempfile.mkdtemp(prefix="roro-ray-"))
+    finished = False
+    try:
+        start_local(config.object_store_mb, temp_dir, count_logical_cpus(), verbose)
+        yield ClusterFacts(ray.get_runtime_context().gcs_address, True, ray.cluster_resources())
+        finished = True
+    finally:
+        ray.shutdown()
+        if finished:
+            shutil.rmtree(temp_dir, ignore_errors=True)
+        else:
+            logger.warning("Ray's logs are kept in %s", temp_dir)
+
+
+def set_environment() -> None:
+    """Give this process, and so the cluster that it starts, the default environment; what is set already stays."""
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    # Ray adds the driver's directory to its workers' path, but not where the driver is an installed script.
+    root = str(Path(__file__).resolve().parents[1])
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if root not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join([root, *paths])
+
+
+def start_local(object_store_mb: int, temp_dir: Path, num_cpus: int, verbose: bool = False) -> None:
+    """Start a cluster of one node.
+
+    Ray listens on every interface, and whoever reaches it can run code. With RAY_AUTH_MODE unset `ray.init` therefore
+    asks for a token; it gets one here that only this process and its children know. Without it Ray would write one into
+    the home directory, which later clusters then pick up.
+    """
+    set_environment()
+    if not os.environ.keys() & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    import ray
+
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # says that there is a token
+
+    ray.init(
+        address="local",  # never join what an earlier run left behind
+        num_cpus=num_cpus,
+        object_store_memory=object_store_mb * 2**20,
+        include_dashboard=False,
+        log_to_driver=verbose,
+        logging_level="WARNING" if verbose else "ERROR",
+        _temp_dir=str(temp_dir),
+    )
+
+
+def count_logical_cpus() -> int:
+    """Logical CPUs to give a local cluster: more than there are cores, since most actors wait for others."""
+    return max(_LEAST_LOGICAL, _LOGICAL_PER_CORE * (os.cpu_count() or 1))

@@ -1,0 +1,144 @@
+"""Engines in actors of their own: one model per actor, shared by all rollout workers (pool.placement=actors).
+
+For models that are too large to sit in every worker. The worker's side is an `Engine` like any other: it gathers
+concurrent requests into one remote call, because a call costs about a millisecond and a token far less.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import ray
+
+from actors.waiting import wait_async
+from roro_ray.config import Config, ModelConfig, PoolConfig
+from roro_ray.engines.protocol import ChoiceScores, Engine, EngineFacts, StepRequest, StepResult
+from roro_ray.errors import EngineError, RoroError
+
+_MOST_CALLS = 2  # in flight per worker and model: the next batch gathers while these are computed
+Item = StepRequest | tuple[str, tuple[str, ...]]
+MakeEngine = Callable[[ModelConfig, PoolConfig], Engine]
+
+
+def make_model_engine(model: ModelConfig, pool: PoolConfig) -> Engine:
+    """The engine of one model of the pool."""
+    from roro_ray.engines.pool import make_engine
+
+    return make_engine(model, pool)
+
+
+class EngineActor:
+    """The actor: one engine, asked in batches. The constructor stores; `ready` loads."""
+
+    def __init__(self, make: Callable[[], Engine]) -> None:
+        self._engine = make()
+
+    async def ready(self) -> EngineFacts:
+        """Load the model."""
+        return await self._engine.ready()
+
+    async def serve(self, items: Sequence[Item]) -> list[Any]:
+        """One StepResult, ChoiceScores or exception for each request; one that fails does not fail the others."""
+        await self._engine.ready()  # free when loaded; after a restart nobody else asks for it
+        results = await asyncio.gather(*(self._serve_one(item) for item in items), return_exceptions=True)
+        return [result if not isinstance(result, BaseException) else _portable(result) for result in results]
+
+    async def _serve_one(self, item: Item) -> StepResult | ChoiceScores:
+        if isinstance(item, StepRequest):
+            return await self._engine.generate_step(item)
+        return await self._engine.score_choices(*item)
+
+
+def _portable(error: BaseException) -> RoroError:
+    """An error that pickles: the project's own as it is, any other by its text."""
+    return error if isinstance(error, RoroError) else EngineError(f"{type(error).__name__}: {error}")
+
+
+class RemoteEngine:
+    """The worker's side of an EngineActor.
+
+    Args:
+        actor: handle of the EngineActor.
+        timeout_s: deadline of one call; loading after a restart counts.
+    """
+
+    def __init__(self, name: str, actor: Any, timeout_s: float) -> None:
+        self.name = name
+        self.actor = actor
+        self._timeout_s = timeout_s
+        self._pending: list[tuple[Item, asyncio.Future[Any]]] = []
+        self._calls = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RemoteEngine, (self.name, self.actor, self._timeout_s)
+
+    async def ready(self) -> EngineFacts:
+        """Wait until the actor has loaded its model."""
+        return await self._wait(self.actor.ready.remote(), "ready")
+
+    async def generate_step(self, request: StepRequest) -> StepResult:
+        """Write one step, in a call shared with the other requests of the moment."""
+        return await self._submit(request)
+
+    async def score_choices(self, prefix: str, choices: tuple[str, ...]) -> ChoiceScores:
+        """Score continuations, in a call shared with the other requests of the moment."""
+        return await self._submit((prefix, choices))
+
+    async def _submit(self, item: Item) -> Any:
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._pending.append((item, future))
+        self._start_call()
+        return await future
+
+    def _start_call(self) -> None:
+        if self._calls < _MOST_CALLS:
+            self._calls += 1
+            task = asyncio.get_running_loop().create_task(self._call())
+            self._tasks.add(task)  # the loop holds tasks only weakly
+            task.add_done_callback(self._tasks.discard)
+
+    async def _call(self) -> None:
+        try:
+            seen = -1
+            while seen < len(self._pending):  # until a pass of the event loop brings no more
+                seen = len(self._pending)
+                await asyncio.sleep(0)
+            batch = [(item, future) for item, future in self._pending if not future.done()]
+            self._pending.clear()
+            if batch:
+                await self._serve(batch)
+        finally:
+            self._calls -= 1
+            if self._pending:
+                self._start_call()
+
+    async def _serve(self, batch: Sequence[tuple[Item, asyncio.Future[Any]]]) -> None:
+        try:
+            results = await self._wait(self.actor.serve.remote([item for item, _ in batch]), f"{len(batch)} requests")
+        except Exception as error:  # the callers' border: whoever asked must hear of it
+            results = [error] * len(batch)
+        for (_, future), result in zip(batch, results, strict=True):
+            if future.done():
+                continue
+            if isinstance(result, BaseException):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+
+    async def _wait(self, ref: Any, what: str) -> Any:
+        return await wait_async(ref, f"model {self.name}: {what}", self._timeout_s, self.actor)
+
+
+def start_engines(config: Config, make: MakeEngine = make_model_engine) -> tuple[RemoteEngine, ...]:
+    """One actor per model of the pool, cheap to dear; they load when first asked whether they are ready."""
+    actor = ray.remote(EngineActor).options(
+        num_cpus=config.ray.engine_cpus, num_gpus=config.ray.engine_gpus, max_restarts=-1, max_task_retries=3
+    )
+    return tuple(
+        RemoteEngine(model.name, actor.remote(partial(make, model, config.pool)), config.episode.timeout_s)
+        for model in config.pool.models
+    )

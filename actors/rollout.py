@@ -1,0 +1,222 @@
+"""Rollout workers: actors that host the pool's engines and the router and run episodes, and the pool of them.
+
+A worker is a thin shell round `routing.runner.Runner`. It holds nothing that cannot be had again (engines load from
+disk, weights are pulled from the board, an episode is a function of its spec), so it restarts freely, and what it was
+running is given to another worker: each result has one place, filled once, so that none is lost and none doubled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from actors.dispatch import Dispatch, Progress
+from actors.engines import start_engines
+from actors.publish import CHANNEL, BoardClient, Weights
+from actors.waiting import Bundle, wait_async, wait_for, wait_for_resources
+from roro_ray.config import Config
+from roro_ray.engines.protocol import Engine, EngineFacts
+from roro_ray.routing.episode import EpisodeFailure, EpisodeSpec
+from roro_ray.types import Query, Trajectory
+
+if TYPE_CHECKING:
+    from roro_ray.evaluation.oracle import OracleResult
+
+Results = list[Trajectory | EpisodeFailure]
+MakeRunner = Callable[[Config, Sequence[Engine]], Any]
+_PULL_TIMEOUT_S = 120.0
+_CHUNK = 64  # most specs in one remote call: what is done again when a worker dies
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFacts:
+    """A worker that is ready: its process, its node, its models, and the seconds that loading took."""
+
+    pid: int
+    node: str
+    engines: tuple[EngineFacts, ...]
+    seconds: float
+
+
+def make_runner(config: Config, engines: Sequence[Engine]) -> Any:
+    """The runner of one worker: with its own engines, or with `engines` where they live in actors of their own."""
+    from roro_ray.engines.pool import EnginePool, make_pool
+    from roro_ray.routing.router import make_router
+    from roro_ray.routing.router_policy import RouterPolicy
+    from roro_ray.routing.runner import Runner
+
+    pool = EnginePool(engines) if engines else make_pool(config.pool)
+    network = make_router(config.router, pool.size).to(config.pool.models[0].device)
+    return Runner(pool, RouterPolicy(network, version=-1), config.episode, config.ray.concurrency)
+
+
+class VersionGate:
+    """Lets runs under the same weights in together; a run under other weights waits until the house is empty."""
+
+    def __init__(self) -> None:
+        self._serial = -1
+        self._inside = 0
+        self._change = asyncio.Condition()
+
+    @asynccontextmanager
+    async def enter(self, serial: int, load: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
+        """Inside, the weights of `serial` are loaded and stay so."""
+        async with self._change:
+            await self._change.wait_for(lambda: self._inside == 0 or self._serial == serial)
+            if self._serial != serial:
+                self._serial = -1  # whatever a failed load leaves behind is nobody's weights
+                await load()
+                self._serial = serial
+            self._inside += 1
+        try:
+            yield
+        finally:
+            async with self._change:
+                self._inside -= 1
+                self._change.notify_all()
+
+
+class RolloutWorker:
+    """The actor. The constructor stores; `ready` (or the first `run` after a restart) loads."""
+
+    def __init__(self, config: Config, engines: Sequence[Engine], make: MakeRunner) -> None:
+        self._config = config
+        self._engines = engines
+        self._make = make
+        self._runner: Any = None
+        self._facts: WorkerFacts | None = None
+        self._loading = asyncio.Lock()
+        self._gate = VersionGate()
+
+    async def ready(self) -> WorkerFacts:
+        """Load the models once and tell the facts."""
+        async with self._loading:
+            if self._facts is None:
+                started = time.perf_counter()
+                runner = self._make(self._config, self._engines)
+                engines = tuple(await runner.pool.ready())
+                node = ray.get_runtime_context().get_node_id()
+                self._runner = runner
+                self._facts = WorkerFacts(os.getpid(), node, engines, time.perf_counter() - started)
+        return self._facts
+
+    async def run(self, specs: Sequence[EpisodeSpec], weights: Weights | None) -> Results:
+        """Run the episodes; those of the router under exactly these weights."""
+        await self.ready()
+        if weights is None:
+            return await self._runner.run(specs)
+
+        async def pull() -> None:
+            from safetensors.torch import load
+
+            blob = await wait_async(
+                weights.refs[0], f"the router's weights of version {weights.version}", _PULL_TIMEOUT_S
+            )
+            self._runner.load_router(load(blob), weights.version)
+
+        async with self._gate.enter(weights.serial, pull):
+            return await self._runner.run(specs)
+
+    async def find_oracle(self, queries: Sequence[Query], seed: int) -> list[OracleResult]:
+        """The fewest dear steps of each query (see `evaluation.oracle`), with this worker's engines."""
+        from roro_ray.evaluation.oracle import run_oracle
+
+        await self.ready()
+        concurrency = self._config.ray.concurrency
+        return await run_oracle(queries, self._runner.pool, self._config.episode, seed, concurrency=concurrency)
+
+
+@dataclass(frozen=True)
+class RolloutPool:
+    """The workers as the driver and the learner see them; a handle that pickles and can be used from both at once."""
+
+    workers: tuple[Any, ...]
+    engines: tuple[Any, ...]
+    board: BoardClient
+    facts: tuple[WorkerFacts, ...]
+    timeout_s: float
+    concurrency: int
+
+    @classmethod
+    def start(cls, config: Config, make: MakeRunner = make_runner) -> RolloutPool:
+        """Start `config.ray.workers` workers (and one actor per model with pool.placement=actors); wait until ready.
+
+        Raises:
+            ResourceError: the cluster cannot give what they ask for.
+            EngineError: a model could not be loaded.
+            DeadlineError: not ready within `ray.timeout_s`.
+        """
+        settings = config.ray
+        bundles = pool_bundles(config)
+        wait_for_resources(bundles, "the rollout pool", settings.timeout_s, settings.autoscaler)
+        engines = start_engines(config) if config.pool.placement == "actors" else ()
+        options: dict[str, Any] = {
+            "num_cpus": settings.worker_cpus,
+            "num_gpus": settings.worker_gpus,
+            "max_restarts": -1,
+            "max_task_retries": 0,  # `Dispatch` retries elsewhere, without waiting for the restart
+            "scheduling_strategy": "SPREAD",
+        }
+        actor = ray.remote(RolloutWorker).options(**options)
+        workers = tuple(actor.remote(config, engines, make) for _ in range(settings.workers))
+        board = BoardClient.start()
+        try:
+            facts = wait_for([w.ready.remote() for w in workers], "rollout workers: ready", settings.timeout_s, workers)
+        except BaseException:
+            for handle in (*workers, board.actor, *(engine.actor for engine in engines)):
+                ray.kill(handle)
+            raise
+        return cls(workers, engines, board, tuple(facts), config.episode.timeout_s, settings.concurrency)
+
+    def run(
+        self,
+        specs: Sequence[EpisodeSpec],
+        version: int | None = None,
+        channel: str = CHANNEL,
+        progress: Progress | None = None,
+    ) -> Results:
+        """Run the episodes on all workers; results in the order of the specs, failures as values.
+
+        Args:
+            version: of the weights that `router` strategies use; None takes the last published.
+            channel: under which they were published.
+            progress: called with (episodes done, episodes) as results arrive.
+
+        Raises:
+            ConfigError: a strategy or the version does not exist.
+            DeadlineError: nothing arrived for longer than `episode.timeout_s`.
+            EngineError: no worker is left, or the same episodes ended several workers.
+        """
+        needs_router = any(spec.strategy.startswith("router") for spec in specs)
+        weights = self.board.look_up(version, channel) if needs_router else None
+        dispatch = Dispatch(self.workers, specs, weights, self.timeout_s, _CHUNK, self.concurrency)
+        return dispatch.run(progress)
+
+    def publish(self, state: dict[str, Any], version: int, channel: str = CHANNEL, keep: int = 2) -> None:
+        """Publish the router's weights: later runs under this version, or under none named, use them."""
+        from safetensors.torch import save
+
+        blob = save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+        self.board.publish(blob, version, channel, keep)
+
+    def stop(self) -> None:
+        """End the workers, the engines' actors and the board."""
+        for handle in (*self.workers, *(engine.actor for engine in self.engines)):
+            ray.kill(handle)
+        self.board.stop()
+
+
+def pool_bundles(config: Config) -> list[Bundle]:
+    """What the rollout pool asks of the cluster, one bundle an actor."""
+    settings = config.ray
+    bundles: list[Bundle] = [{"CPU": settings.worker_cpus, "GPU": settings.worker_gpus}] * settings.workers
+    if config.pool.placement == "actors":
+        bundles += [{"CPU": settings.engine_cpus, "GPU": settings.engine_gpus}] * len(config.pool.models)
+    return bundles

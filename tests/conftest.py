@@ -1,0 +1,27 @@
+"""Fixtures that several test files share: one local Ray for all tests that need one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """A cluster of four logical CPUs; tests give back what they start."""
+    from actors.cluster import start_local
+
+    tests = str(Path(__file__).parent)  # workers unpickle what test modules define
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [tests, os.environ.get("PYTHONPATH")]))
+    temp_dir = Path(tempfile.mkdtemp(prefix="roro-test-"))  # short: Ray's socket paths must stay below 108 characters
+    start_local(object_store_mb=200, temp_dir=temp_dir, num_cpus=4)
+    import ray
+
+    yield
+    ray.shutdown()
+    shutil.rmtree(temp_dir, ignore_errors=True)
