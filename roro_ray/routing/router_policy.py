@@ -2,7 +2,7 @@
 
 The state at a boundary depends on the text alone, not on the signals or the cost weight. So states are
 remembered by text for as long as the weights stay: rollouts of one query share their first steps, and a sweep
-of cost weights shares most of its texts.
+of cost weights shares most of its texts. New text is read on from where the last decision stopped.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from roro_ray.config import STEP_DELIMITER
 from roro_ray.engines.batching import Job, MicroBatcher
 from roro_ray.routing.draws import draw_uniform
 from roro_ray.routing.observation import Observation
+from roro_ray.routing.reader import TextReader
 from roro_ray.routing.router import RouterNetwork, fill_router
 from roro_ray.types import Decision, Peek
 
 _BATCH_DECISIONS = 512
-_BATCH_TOKENS = 16_384  # padded tokens of one encoder pass: bounds memory, and keeps lengths within a pass alike
 _STATES_KEPT = 100_000
+_CACHE_MB = 64  # key/value states of the texts read: about 80,000 tokens of the tiny encoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,8 @@ class _Core:
         self.version = version
         self.batcher: MicroBatcher[_Reading, list[float]] = MicroBatcher(self._run, _BATCH_DECISIONS, 0.0, "router")
         self._states: dict[str, torch.Tensor] = {}
-        self._written = 0
+        self._written = -1
+        self.reader = None if network.body is None else TextReader(network.body, _CACHE_MB)
         self._flops_per_token = network.flops_per_token
 
     def load(self, state_dict: dict[str, torch.Tensor], version: int) -> None:
@@ -68,39 +70,24 @@ class _Core:
         """Log-probabilities over the pool for each decision."""
         device = next(self.network.head.parameters()).device
         features_BF = torch.tensor([reading.features for reading in readings], device=device)
-        states_BC = None
-        if self.network.body is not None:
-            self._encode_new(readings, device)
-            states_BC = torch.stack([self._states[reading.prefix] for reading in readings])
+        states_BC = None if self.reader is None else self._read_states(readings, self.reader)
         logits_BN = self.network.decide(states_BC, features_BF)
         log_probs: list[list[float]] = torch.log_softmax(logits_BN.double(), dim=-1).tolist()
         return log_probs
 
-    def _encode_new(self, readings: Sequence[_Reading], device: torch.device) -> None:
+    def _read_states(self, readings: Sequence[_Reading], reader: TextReader) -> torch.Tensor:
         # torch counts writes to each tensor: any change of the weights, by `load` or by an optimizer, shows here.
         written = sum(parameter._version for parameter in self.network.parameters())
-        if written != self._written or len(self._states) > _STATES_KEPT:
+        if written != self._written:
             self._states.clear()
+            reader.forget()
             self._written = written
+        if len(self._states) > _STATES_KEPT:
+            self._states.clear()
         new = {reading.prefix: reading.ids for reading in readings if reading.prefix not in self._states}
-        for chunk in _split_by_length(new):
-            width = max(len(ids) for _, ids in chunk)
-            ids_BT = torch.tensor([[*ids, *(0,) * (width - len(ids))] for _, ids in chunk], device=device)
-            last_B = torch.tensor([len(ids) - 1 for _, ids in chunk], device=device)
-            states_BC = self.network.encode(ids_BT)[torch.arange(len(chunk), device=device), last_B]
-            self._states.update(zip((prefix for prefix, _ in chunk), states_BC.unbind(), strict=True))
-
-
-def _split_by_length(texts: dict[str, tuple[int, ...]]) -> list[list[tuple[str, tuple[int, ...]]]]:
-    """Texts in order of length, in chunks of bounded padded size whose lengths differ by at most a quarter."""
-    chunks: list[list[tuple[str, tuple[int, ...]]]] = []
-    for prefix, ids in sorted(texts.items(), key=lambda item: len(item[1])):
-        fits = chunks and (len(chunks[-1]) + 1) * len(ids) <= _BATCH_TOKENS
-        if fits and len(ids) <= 1.25 * len(chunks[-1][0][1]) + 4:
-            chunks[-1].append((prefix, ids))
-        else:
-            chunks.append([(prefix, ids)])
-    return chunks
+        if new:
+            self._states.update(zip(new, reader.read(list(new.values())).unbind(), strict=True))
+        return torch.stack([self._states[reading.prefix] for reading in readings])
 
 
 class RouterPolicy:
