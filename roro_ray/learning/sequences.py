@@ -130,9 +130,9 @@ def lm_log_probs(model: PreTrainedModel, batch: TokenBatch, temperature: float =
     if bool(mask_BT[:, 0].any()):
         raise ConfigError("the first token of a row is an action: give every completion a prompt of a token or more")
     columns = mask_BT.any(dim=0).nonzero().flatten() - 1
-    output = model(
-        input_ids=batch.ids_BT, attention_mask=batch.attention_mask_BT, logits_to_keep=columns, use_cache=False
-    )
+    # No attention mask: padding comes last, so that a causal model's real positions never see it, and attention
+    # takes the faster path.
+    output = model(input_ids=batch.ids_BT, logits_to_keep=columns, use_cache=False)
     kept_BT = mask_BT[:, columns + 1]
     logits_NV = output.logits[kept_BT].float() / temperature
     log_probs_NV = logits_NV.log_softmax(dim=-1)

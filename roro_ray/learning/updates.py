@@ -27,7 +27,7 @@ class UpdateSettings:
     kl_weight: float = 0.0
     grad_clip: float = 1.0
     temperature: float = 1.0
-    max_tokens: int = 8192
+    max_tokens: int = 4096
 
 
 def update_model(
