@@ -4,6 +4,7 @@ The query `Say q.` is 6 + 1 tokens, a note `A: note 0` 9 + 1, the answer `Answer
 """
 
 import asyncio
+import random
 
 import pytest
 from fakes import ScriptedEngine, make_fake_pool, make_query
@@ -123,6 +124,18 @@ def test_going_on_with_another_writer_charges_its_reading() -> None:
     switched = roll_out("fixed:1", prefix=whole.steps[:2])
     assert switched.steps[:2] == whole.steps[:2]
     assert [step.usage for step in switched.steps[2:]] == [usage(large_in=27, large_out=10), usage(large_out=11)]
+
+
+def test_whoever_writes_last_has_processed_the_whole_text_once() -> None:
+    rng = random.Random(0)
+    for _ in range(50):
+        models = [rng.randrange(2) for _ in range(4)]
+        steps = roll_out("script:" + ",".join(map(str, models))).steps
+        for model, flops in enumerate((SMALL, LARGE)):
+            own = [index for index, writer in enumerate(models) if writer == model]
+            if own:
+                text = 7 + sum(step.tokens for step in steps[: own[-1] + 1])
+                assert sum(steps[index].usage.flops for index in own) == flops * text
 
 
 def test_the_router_reads_each_token_once() -> None:

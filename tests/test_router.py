@@ -97,11 +97,11 @@ def test_a_decision_depends_on_the_text_and_on_the_features(encoder: str) -> Non
 
 def test_what_comes_later_and_padding_change_nothing(encoder: str) -> None:
     network = make_network(encoder)
-    trajectories = roll_out(RouterPolicy(network), 6)
-    batch = encode_trajectories(network, queries_of(), trajectories)
+    trajectories = roll_out(RouterPolicy(network), 70)[::-1]  # more than one pass of the encoder reads
+    batch = encode_trajectories(network, queries_of(70), trajectories)
     together, _ = score_decisions(network, batch)
-    for row in range(6):
-        alone, _ = score_decisions(network, encode_trajectories(network, queries_of(), trajectories[row : row + 1]))
+    for row in range(0, 70, 9):
+        alone, _ = score_decisions(network, encode_trajectories(network, queries_of(70), trajectories[row : row + 1]))
         assert torch.allclose(alone[0], together[row, : alone.shape[1]], atol=1e-5)
     texts = batch.ids_BT, batch.ids_BT.clone()
     texts[1][:, batch.boundaries_BD[0, 1] + 1 :] = 7
@@ -138,6 +138,18 @@ def test_the_prior_before_training(encoder: str) -> None:
         for step in steps:
             assert step.decision.probabilities[0] == pytest.approx(0.8, abs=0.05)
             assert step.decision.probabilities[1:] == pytest.approx([0.2 / (pool_size - 1)] * (pool_size - 1), abs=0.05)
+
+
+def test_going_on_from_a_prefix_is_the_whole_episode(encoder: str) -> None:
+    policy = RouterPolicy(make_network(encoder, scale=0.1, peek="step"), 4)
+    engines = ScriptedEngine("small"), ScriptedEngine("large", parameters=100)
+    runner = Runner(make_fake_pool(*engines), policy, EpisodeConfig())
+    wholes = run_specs(runner, [EpisodeSpec("e", make_query(), "router", seed, 0.2) for seed in range(6)])
+    assert len({whole.models for whole in wholes}) > 2
+    for seed, whole in enumerate(wholes):
+        specs = [EpisodeSpec("e", make_query(), "router", seed, 0.2, whole.steps[:n]) for n in range(len(whole.steps))]
+        for result in run_specs(runner, specs):
+            assert (result.models, result.usage) == (whole.models, whole.usage)
 
 
 def test_sampling_follows_the_probabilities_and_greedy_takes_the_likeliest(encoder: str) -> None:
@@ -304,6 +316,8 @@ def test_trajectories_that_cannot_be_learned_from_are_refused(encoder: str) -> N
     trajectory = roll_out(RouterPolicy(network), 1)[0]
     with pytest.raises(DataError, match="not among the 0 given"):
         encode_trajectories(network, {}, [trajectory])
+    empty = encode_trajectories(network, {}, [])
+    assert len(empty) == 0 and score_decisions(network, empty)[0].numel() == 0
     with pytest.raises(DataError, match="has no steps"):
         encode_trajectories(network, queries_of(), [replace(trajectory, steps=())])
     bare = replace(trajectory, steps=(replace(trajectory.steps[0], features=()),))

@@ -32,6 +32,7 @@ _FACTS_FILE = "router.json"
 _WEIGHTS_FILE = "router.safetensors"
 _ENCODER_DIR = "encoder"
 _PIECES_KEPT = 200_000
+_ROWS_PER_PASS = 32
 
 
 class PieceTokenizer:
@@ -131,10 +132,21 @@ class RouterNetwork(torch.nn.Module):
         """
         if self.body is None:
             return self.decide(None, features_BDF)
+        return self.decide(self._read_boundaries(ids_BT, mask_BT, boundary_BD.clamp(min=0)), features_BDF)
+
+    def _read_boundaries(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, boundary_BD: torch.Tensor) -> torch.Tensor:
+        """States [B, D, C], read in passes of texts of like length: padding costs as much as text."""
+        if not len(ids_BT):  # a learner's rank may be left without trajectories
+            return torch.zeros(*boundary_BD.shape, self.width, device=ids_BT.device)
         assert bool(mask_BT[:, 0].all()), "texts must be padded on the right"
-        states_BTC = self.encode(ids_BT)
-        rows_B1 = torch.arange(len(ids_BT), device=ids_BT.device).unsqueeze(1)
-        return self.decide(states_BTC[rows_B1, boundary_BD.clamp(min=0)], features_BDF)
+        lengths_B = mask_BT.sum(1)
+        order_B = lengths_B.argsort(stable=True)
+        parts = []
+        for rows in order_B.split(_ROWS_PER_PASS):
+            states_BTC = self.encode(ids_BT[rows, : int(lengths_B[rows[-1]])])
+            places_B1 = torch.arange(len(rows), device=ids_BT.device).unsqueeze(1)
+            parts.append(states_BTC[places_B1, boundary_BD[rows]])
+        return torch.cat(parts)[order_B.argsort()]
 
 
 def make_router(config: RouterConfig, pool_size: int) -> RouterNetwork:
