@@ -21,6 +21,7 @@ from roro_ray.data.run_dir import RunDir, read_json, write_json
 if TYPE_CHECKING:
     from actors.reward_service import RewardClient
     from actors.rollout import Results, RolloutPool
+    from roro_ray.evaluation.sweeps import QuerySets
     from roro_ray.routing.episode import EpisodeSpec
 
 # The ways to train a router that are compared, and what is theirs in the settings.
@@ -172,11 +173,10 @@ def evaluate_stage(
     """
     import dataclasses
 
-    from roro_ray.evaluation.report import save_report
-
     from actors.host import ClusterHost
     from roro_ray.data.run_dir import make_versions
     from roro_ray.evaluation.evaluate import evaluate
+    from roro_ray.evaluation.report import save_report
     from roro_ray.evaluation.summary import load_summary, make_summary, save_summary
 
     if _is_done(run, "evaluate"):
@@ -206,20 +206,26 @@ def evaluate_stage(
     return summary
 
 
+def make_query_sets(config: Config) -> QuerySets:
+    """The validation and the test queries, all suites."""
+    from roro_ray.evaluation.sweeps import QuerySets
+    from roro_ray.world.tasks import make_queries
+
+    data = config.data
+    validation, test = (
+        tuple(query for suite in data.suites for query in make_queries(suite, split, count, data.seed))
+        for split, count in (("validation", data.validation_queries), ("test", data.test_queries))
+    )
+    return QuerySets(validation, test)
+
+
 def _make_inputs(config: Config, run: RunDir, extra: dict[str, Path]) -> Any:
     from roro_ray.data.collection import training_queries
     from roro_ray.data.store import load_trajectories
     from roro_ray.evaluation.evaluate import Inputs, collect_alone
     from roro_ray.evaluation.learning_curve import Snapshot
-    from roro_ray.evaluation.sweeps import QuerySets
     from roro_ray.learning.router_run import FINISHED, list_snapshots
-    from roro_ray.world.tasks import make_queries
 
-    data = config.data
-    sets = [
-        tuple(query for suite in data.suites for query in make_queries(suite, split, count, data.seed))
-        for split, count in (("validation", data.validation_queries), ("test", data.test_queries))
-    ]
     places = {method: run.router(method) for method in ROUTER_SETTINGS} | extra
     routers = {method: place for method, place in places.items() if (place / FINISHED).is_file()}
     batch = config.router.queries * config.router.group_size
@@ -228,7 +234,7 @@ def _make_inputs(config: Config, run: RunDir, extra: dict[str, Path]) -> Any:
         for method, place in routers.items()
     }
     alone = collect_alone(training_queries(config), load_trajectories(run.trajectories))
-    return Inputs(config, QuerySets(*sets), routers, snapshots, alone, _make_explain(config, run))
+    return Inputs(config, make_query_sets(config), routers, snapshots, alone, _make_explain(config, run))
 
 
 def _make_explain(config: Config, run: RunDir) -> Any:

@@ -28,8 +28,8 @@ STAGE_KEYS: dict[str, tuple[str, ...]] = {
     "collect": ("seed", "pool.models", "data.suites", "data.train_queries", "data.seed", "episode.", "collect."),
     "make_pairs": ("pairs.",),
     "learn_reward": ("reward.",),
-    "train_router": ("router.", "data.router_queries", "data.validation_queries"),
-    "evaluate": ("evaluate.", "data.test_queries"),
+    "train_router": ("router.", "data.router_queries"),
+    "evaluate": ("evaluate.", "data.validation_queries", "data.test_queries"),
 }
 # Limits and sizes that change how fast a result comes, not which.
 _FREE_KEYS = (
