@@ -28,12 +28,16 @@ def _write(model: str, prefix: str) -> str:
     return f"{chr(65 + index)}: {done}"
 
 
+def _confidence(prefix: str) -> float:
+    """Low on the step before the hard one: the signal to learn from; else a little different each time."""
+    return 0.2 if prefix.count(STEP_DELIMITER) == HARD_STEP else 0.9 + len(prefix) % 7 / 100
+
+
 def make_engines(delay_s: float = 0.0, **large: Any) -> list[ScriptedEngine]:
-    """The small and the large model; the small one is always sure of itself, more or less by step."""
-    small = ScriptedEngine(
-        "small", lambda prefix: _write("small", prefix), delay_s=delay_s, confidence=lambda p: 0.8 + len(p) % 7 / 50
-    )
-    return [small, ScriptedEngine("large", lambda p: _write("large", p), parameters=100, delay_s=delay_s, **large)]
+    """The small and the large model, alike but for the hard step."""
+    small = ScriptedEngine("small", lambda p: _write("small", p), delay_s=delay_s, confidence=_confidence)
+    options = {"parameters": 100, "delay_s": delay_s, "confidence": _confidence, **large}
+    return [small, ScriptedEngine("large", lambda p: _write("large", p), **options)]
 
 
 def make_scripted_runner(config: Config, engines: Sequence[Any] = ()) -> Any:

@@ -60,7 +60,7 @@ def collect_rollouts(
     """Sort the results (in the order of the groups' specs) into trajectories, failures and stale ones.
 
     Raises:
-        RoroError: every rollout failed; the first failure is told.
+        RoroError: no rollout is left; the first failure is told.
     """
     trajectories: list[Trajectory] = []
     group_of: list[int] = []
@@ -75,10 +75,11 @@ def collect_rollouts(
         else:
             trajectories.append(result)
             group_of.append(position)
-    if failures and not trajectories:
+    if results and not trajectories:
         raise RoroError(
-            f"all {len(failures)} rollouts failed; the first: {failures[0]}. Nothing can be learned from them: "
-            "look at the models and at episode.timeout_s."
+            f"of {len(results)} rollouts {len(failures)} failed (the first: {failures[0] if failures else 'none'}) and "
+            f"{stale} were made by another version of the router than {version}: nothing is left to learn from. Look "
+            "at the models and at episode.timeout_s."
         )
     return Rollouts(tuple(groups), tuple(trajectories), tuple(group_of), tuple(failures), stale)
 
