@@ -122,6 +122,7 @@ class RouterConfig:
     iterations: int = 30
     queries: int = 16  # per iteration
     group_size: int = 8  # rollouts per query
+    epochs: int = 4  # optimizer steps on each iteration's rollouts; the ratio clip bounds how far they go
     cost_weight_low: float = 0.1  # drawn per group, log-uniform
     cost_weight_high: float = 0.6
     beta: float = 1.0  # weight of the process reward; 0 is the outcome-only control

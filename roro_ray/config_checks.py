@@ -46,6 +46,7 @@ _AT_LEAST_ONE = (
     "router.queries",
     "router.workers",
     "router.checkpoint_every",
+    "router.epochs",
     "router.micro_batch",
     "evaluate.thresholds",
     "evaluate.bootstrap",

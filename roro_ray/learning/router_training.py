@@ -157,7 +157,7 @@ class RouterTrainer:
         return collect_rollouts(groups, results, version), time.perf_counter() - started
 
     def _update(self, weighed: Advantages, version: int) -> dict[str, float]:
-        """One optimizer step on all ranks' trajectories together."""
+        """`router.epochs` optimizer steps on all ranks' trajectories together; metrics of the last one."""
         settings = self.config.router
         parts = [
             self._encode(weighed, start, start + settings.micro_batch)
@@ -175,23 +175,31 @@ class RouterTrainer:
                 stacklevel=2,
             )
             return {"empty": 1.0, "loss": 0.0, "grad_norm": 0.0, "entropy": math.nan, "log_prob_gap": 0.0}
+        old_BD = [self._old_log_probs(batch, version) for batch, _ in parts]
+        for _ in range(settings.epochs):
+            metrics = self._descend(parts, old_BD, denominator)
+        return metrics | {"empty": 0.0}
+
+    def _descend(
+        self, parts: Sequence[tuple[RouterBatch, Tensor]], old_BD: Sequence[Tensor], denominator: float
+    ) -> dict[str, float]:
+        """One optimizer step on all micro-batches of all ranks; its metrics."""
         self.optimizer.zero_grad(set_to_none=True)
         totals: dict[str, float] = dict.fromkeys(("decisions", "loss", *_TOKEN_METRICS), 0.0)
         gap = 0.0
-        for batch, advantages_BD in parts:
-            old_BD = self._old_log_probs(batch, version)
-            metrics, part_gap = self._backward(batch, advantages_BD, old_BD, denominator)
+        for (batch, advantages_BD), part_old_BD in zip(parts, old_BD, strict=True):
+            metrics, part_gap = self._backward(batch, advantages_BD, part_old_BD, denominator)
             gap = max(gap, part_gap)
             totals["decisions"] += metrics["tokens"]
             totals["loss"] += metrics["loss"]
             for name in _TOKEN_METRICS:
                 totals[name] += metrics[name] * metrics["tokens"]
         parameters = self._add_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.router.grad_clip)
         self.optimizer.step()
         totals = self._add_sums(totals)
         means = {name: totals[name] / totals["decisions"] for name in _TOKEN_METRICS}
-        return {"empty": 0.0, "loss": totals["loss"], "grad_norm": float(norm), "log_prob_gap": gap, **means}
+        return {"loss": totals["loss"], "grad_norm": float(norm), "log_prob_gap": gap, **means}
 
     def _encode(self, weighed: Advantages, start: int, stop: int) -> tuple[RouterBatch, Tensor]:
         """One micro-batch and its advantages [B, D]."""
@@ -202,22 +210,22 @@ class RouterTrainer:
             advantages_BD[row, : len(values)] = torch.tensor(values)
         return batch.to(device), advantages_BD.to(device)
 
-    def _old_log_probs(self, batch: RouterBatch, version: int) -> Tensor | None:
-        """Log-probabilities of the actions under the version that acted; None where that is the present one."""
-        if version == self.iteration:
-            return None
-        assert self._behind is not None, "a version behind the present one, and max_lag is 0"
-        self._behind.load_state_dict(self.past[version])
+    def _old_log_probs(self, batch: RouterBatch, version: int) -> Tensor:
+        """Log-probabilities of the actions under the version that acted."""
+        network = self.network
+        if version != self.iteration:
+            assert self._behind is not None, "a version behind the present one, and max_lag is 0"
+            network = self._behind
+            network.load_state_dict(self.past[version])
         with torch.no_grad():
-            return score_decisions(self._behind, batch)[0]
+            return score_decisions(network, batch)[0]
 
     def _backward(
-        self, batch: RouterBatch, advantages_BD: Tensor, old_BD: Tensor | None, denominator: float
+        self, batch: RouterBatch, advantages_BD: Tensor, old_BD: Tensor, denominator: float
     ) -> tuple[dict[str, float], float]:
         """Add a micro-batch's gradient; its metrics, and the largest gap to the log-probabilities reported."""
         settings = self.config.router
         log_probs_BD, entropy_BD = score_decisions(self.network, batch)
-        old_BD = log_probs_BD.detach() if old_BD is None else old_BD
         inputs = LossInputs(log_probs_BD, old_BD, advantages_BD, batch.decision_mask_BD, entropy_BD)
         output = make_loss(
             inputs,
