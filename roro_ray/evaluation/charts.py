@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 12, 42
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 20, 30, 42
 
 Point = tuple[float, float]
 
@@ -23,6 +23,7 @@ class Chart:
     Args:
         x_range, y_range: what the axes span. Shapes beyond are drawn clipped.
         percent_x, percent_y: label the ticks of an axis as percentages of 1.
+        x_ticks: most ticks on the x axis.
         title: what a screen reader says of the chart.
     """
 
@@ -35,6 +36,7 @@ class Chart:
     height: int = 360
     percent_x: bool = False
     percent_y: bool = True
+    x_ticks: int = 6
     _shapes: list[str] = field(default_factory=list)
 
     def place(self, at: Point) -> tuple[float, float]:
@@ -82,7 +84,7 @@ class Chart:
         right, bottom = self.width - _RIGHT, self.height - _BOTTOM
         parts = [f'<svg class="chart" viewBox="0 0 {self.width} {self.height}" role="img">']
         parts.append(f"<title>{escape(self.title)}</title>")
-        for tick in make_ticks(*self.x_range):
+        for tick in make_ticks(*self.x_range, self.x_ticks):
             x, _ = self.place((tick, self.y_range[0]))
             parts.append(f'<line class="grid" x1="{x}" y1="{_TOP}" x2="{x}" y2="{bottom}"/>')
             parts.append(f'<text class="tick" x="{x}" y="{bottom + 16}" text-anchor="middle">')
@@ -95,8 +97,8 @@ class Chart:
         middle = (_LEFT + right) / 2
         parts.append(f'<text class="axis" x="{middle}" y="{self.height - 6}" text-anchor="middle">')
         parts.append(f"{escape(self.x_label)}</text>")
-        parts.append(f'<text class="axis" transform="translate(12 {(_TOP + bottom) / 2}) rotate(-90)" ')
-        parts.append(f'text-anchor="middle">{escape(self.y_label)}</text>')
+        # The y axis is named above it, where it can be read without turning one's head.
+        parts.append(f'<text class="axis" x="2" y="14">{escape(self.y_label)}</text>')
         return "".join([*parts, *self._shapes, "</svg>"])
 
 

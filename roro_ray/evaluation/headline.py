@@ -19,14 +19,15 @@ def make_headline(overall: Mapping[str, Any], slack: float) -> dict[str, Any]:
         slack: the largest loss of accuracy that still counts as the large model's accuracy.
 
     Returns:
-        `text`; `reached` (None where RoRo was not evaluated); `saved_flops`, `saved_steps` and `accuracy_change`,
-        each a value with `ci`.
+        `text`, which is `lead` and, where something must be added, `caveat`; `reached` (None where RoRo was not
+        evaluated); `saved_flops`, `saved_steps` and `accuracy_change`, each a value with `ci`.
     """
     entry = overall.get("roro")
     versus = (entry or {}).get("vs_large") or {}
     change, share = versus.get("accuracy"), (entry or {}).get("cost_share")
     if entry is None or change is None or share is None:
-        return {"text": "RoRo was not evaluated in this run.", "reached": None}
+        text = "RoRo was not evaluated in this run."
+        return {"text": text, "lead": text, "caveat": "", "reached": None}
     interval = versus["ci"].get("accuracy")
     reached = change >= -slack - 1e-9
     certain = reached and interval is not None and interval[0] >= -slack - 1e-9
@@ -34,24 +35,26 @@ def make_headline(overall: Mapping[str, Any], slack: float) -> dict[str, Any]:
     flops, flops_ci = versus.get("flops_saved"), versus["ci"].get("flops_saved")
     accuracy = f"{100 * entry['accuracy']:.1f}%"
     large = f"{100 * (entry['accuracy'] - change):.1f}%"
+    caveat = ""
     if reached:
-        text = f"RoRo keeps the large model's accuracy ({accuracy} against {large}) and saves {_percent(steps)}"
-        text += f"{_span(steps_ci)} of its steps"
-        text += _flops_clause(flops, flops_ci)
+        lead = f"RoRo keeps the large model's accuracy ({accuracy} against {large}) and saves {_percent(steps)}"
+        lead += f"{_span(steps_ci)} of its steps"
         if not certain and interval is not None:
-            text += (
-                f" The accuracy differs by {_points(change)} points, and with {_points(interval[0])} to "
+            caveat = (
+                f"The accuracy differs by {_points(change)} points, and with an interval of {_points(interval[0])} to "
                 f"{_points(interval[1])} a loss of more than {100 * slack:g} is not excluded."
             )
     else:
-        text = (
+        lead = (
             f"RoRo does not reach the large model's accuracy here: {accuracy} against {large}, "
             f"{_points(change)} points{_span_points(interval)}, while it leaves {_percent(steps)}{_span(steps_ci)} of "
             f"the steps to the small model"
         )
-        text += _flops_clause(flops, flops_ci)
+    lead += _flops_clause(flops, flops_ci, "and saves " if not reached else "and ")
     return {
-        "text": text,
+        "text": f"{lead} {caveat}".strip(),
+        "lead": lead,
+        "caveat": caveat,
         "reached": reached,
         "accuracy_change": {"value": change, "ci": interval},
         "saved_steps": {"value": steps, "ci": steps_ci},
@@ -59,12 +62,12 @@ def make_headline(overall: Mapping[str, Any], slack: float) -> dict[str, Any]:
     }
 
 
-def _flops_clause(saved: float | None, interval: list[float] | None) -> str:
+def _flops_clause(saved: float | None, interval: list[float] | None, join: str) -> str:
     if saved is None:
         return "."
     if saved < 0:
         return f", but computes {_percent(-saved)}{_span(_negate(interval))} more FLOPs, prefill and drafts included."
-    return f" and {_percent(saved)}{_span(interval)} of its FLOPs, prefill and drafts included."
+    return f" {join}{_percent(saved)}{_span(interval)} of its FLOPs, prefill and drafts included."
 
 
 def _percent(value: float) -> str:

@@ -44,14 +44,15 @@ def save_frontier_plot(summary: Mapping[str, Any], path: Path) -> None:
                 _draw_operating_point(axes, at, entry["ci"] if method == "roro" else {}, colour)
     for name, end in zip(("small", "large"), ends, strict=False):
         axes.plot(*end, "s", color="#222831", ms=6, zorder=5)
-        axes.annotate(name, end, textcoords="offset points", xytext=(8, -3) if name == "small" else (-30, -14))
-    axes.set(xlabel="steps written by the large model", ylabel="accuracy", xlim=(-0.02, 1.02))
+        axes.annotate(name, end, textcoords="offset points", xytext=(8, -3) if name == "small" else (-14, 9))
+    axes.set(xlabel="steps written by the large model", ylabel="accuracy", xlim=(-0.02, 1.03))
     axes.set_title(f"Accuracy and cost over {summary['queries']['test']} test queries", loc="left")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=9, loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     figure.savefig(temporary, format="png", bbox_inches="tight")

@@ -72,10 +72,11 @@ def make_report(summary: Mapping[str, Any], examples: Sequence[Mapping[str, Any]
 
 
 def _header(summary: Mapping[str, Any]) -> str:
-    queries = summary["queries"]
+    queries, headline = summary["queries"], summary["headline"]
+    caveat = f"<p>{escape(headline['caveat'])}</p>" if headline["caveat"] else ""
     return (
         "<h1>RoRo: which model writes the next step?</h1>"
-        f'<p class="lead">{escape(summary["headline"]["text"])}</p>{make_tiles(summary["headline"])}'
+        f'<p class="lead">{escape(headline["lead"])}</p>{caveat}{make_tiles(headline)}'
         f'<p class="note" style="margin-top:14px">{queries["test"]} test queries in {len(queries["suites"])} suites '
         f"({escape(', '.join(queries['suites']))}). Settings were chosen on {queries['validation']} other queries. "
         f"Ranges are 95% intervals from {summary['bootstrap']['resamples']} resamples of the test queries, "
@@ -122,7 +123,7 @@ def _judge_section(judge: Mapping[str, Any]) -> str:
     lines = [kind for kind in ("mean", *_KINDS) if any(at.get(kind) is not None for at in rounds)]
     figure = ""
     if len(rounds) > 1:
-        figure = f'<div class="card wide" style="margin-bottom:14px">{draw_rounds(rounds, lines)}'
+        figure = f'<div class="card narrow">{draw_rounds(rounds, lines)}'
         figure += f"{make_legend(lines, {})}</div>"
     return f"{JUDGE}{figure}{make_judge_table(judge, _KINDS)}"
 
@@ -130,8 +131,8 @@ def _judge_section(judge: Mapping[str, Any]) -> str:
 def _examples_section(examples: Sequence[Mapping[str, Any]]) -> str:
     if not examples:
         return ""
-    setting = escape(examples[0]["setting"]).capitalize()
-    return f'{EXAMPLES}<p class="note">{setting}.</p>{"".join(make_example(example) for example in examples)}'
+    note = f"<p class='note'>All at RoRo's operating point, {escape(examples[0]['setting'])}.</p>"
+    return f"{EXAMPLES}{note}{''.join(make_example(example) for example in examples)}"
 
 
 def _settings_section(summary: Mapping[str, Any]) -> str:

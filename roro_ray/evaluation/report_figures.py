@@ -123,6 +123,7 @@ def draw_rounds(rounds: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> st
         y_range=(max(0.0, min([*values, 0.5]) - 0.05), min(1.02, max([*values, 0.6]) + 0.05)),
         width=470,
         height=300,
+        x_ticks=max(len(rounds), 2),
     )
     for kind in kinds:
         points = [(float(i), at[kind]) for i, at in enumerate(rounds) if at.get(kind) is not None]

@@ -53,15 +53,16 @@ def make_tiles(headline: Entry) -> str:
 def make_method_table(entries: Mapping[str, Entry], titles: Mapping[str, str]) -> str:
     """All methods over all suites, with 95% intervals."""
     head = (
-        "Method", "Accuracy, %", "Large share, %", "Against large, points", "FLOPs / large", "Decoded FLOPs / large",
-        "Frontier area", "APGR", "CPT 80, %", "CPT 95, %", "Setting",
+        "Method", "Accuracy, %", "Large share, %", "Points against large", "FLOPs of large", "Decoded of large",
+        "Frontier area", "APGR", "CPT 95, %",
     )  # fmt: skip
     large = entries.get("large", {})
     rows = []
     for method, entry in entries.items():
         ci, versus = entry["ci"], entry.get("vs_large", {})
+        setting = f"<small>{escape(entry['setting'])}</small>" if entry["frontier"] and method != "oracle" else ""
         cells = [
-            f'<td><i class="key m-{method}"></i>{escape(titles.get(method, method))}</td>',
+            f'<td><i class="key m-{method}"></i>{escape(titles.get(method, method))}{setting}</td>',
             _cell(entry["accuracy"], ci["accuracy"], 100, 1),
             _cell(entry["cost_share"], ci["cost_share"], 100, 1),
             _cell(versus.get("accuracy"), versus.get("ci", {}).get("accuracy"), 100, 1, sign=True),
@@ -69,9 +70,7 @@ def make_method_table(entries: Mapping[str, Entry], titles: Mapping[str, str]) -
             _cell(_ratio(entry["flops_decode"], large.get("flops_decode")), None, 1, 2),
             _cell(entry["frontier_area"], ci["frontier_area"], 1, 3),
             _cell(entry["apgr"], ci["apgr"], 1, 2),
-            _cell(entry["cpt80"], ci["cpt80"], 100, 0),
             _cell(entry["cpt95"], ci["cpt95"], 100, 0),
-            f"<td>{escape(entry['setting']) if entry['frontier'] and method != 'oracle' else _DASH}</td>",
         ]
         rows.append(f'<tr class="{"own" if method.startswith("roro") else ""}">{"".join(cells)}</tr>')
     header = "".join(f"<th>{name}</th>" for name in head)

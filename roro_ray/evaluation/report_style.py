@@ -49,13 +49,14 @@ p { margin: 6px 0 14px; max-width: 74ch; }
   max-width: 34em; margin: 0 0 24px; text-wrap: pretty; }
 .soft, .note { color: var(--soft); }
 .note { font-size: 14px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 12px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 215px), 1fr)); gap: 12px; }
 .card { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 16px 18px; min-width: 0; }
 .tile b { display: block; font-size: 30px; line-height: 1.15; letter-spacing: -.02em;
   font-variant-numeric: tabular-nums; }
 .tile span { display: block; font-size: 14px; color: var(--soft); }
 .chart { display: block; width: 100%; height: auto; }
 .wide { max-width: 780px; margin: 0 auto; }
+.narrow { max-width: 540px; margin-bottom: 14px; }
 .grid2 { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 14px; }
 .grid3 { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 14px; }
 .grid { stroke: var(--rule); stroke-width: 1; }
@@ -81,9 +82,11 @@ p { margin: 6px 0 14px; max-width: 74ch; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
 th, td { padding: 8px 10px; text-align: right; border-bottom: 1px solid var(--rule); vertical-align: top;
   white-space: nowrap; }
-th { font-weight: 600; color: var(--soft); vertical-align: bottom; font-size: 13px; line-height: 1.3; }
+th { font-weight: 600; color: var(--soft); vertical-align: bottom; font-size: 13px; line-height: 1.3;
+  white-space: normal; min-width: 62px; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--card);
-  white-space: normal; min-width: 132px; }
+  white-space: normal; min-width: 128px; }
+td:first-child small { padding-left: 17px; }
 td small { display: block; color: var(--soft); font-size: 12px; }
 td i.key { display: inline-block; width: 9px; height: 9px; border-radius: 50%; background: var(--c);
   margin-right: 8px; }
@@ -126,7 +129,8 @@ a { color: inherit; }
   h2 { margin-top: 40px; }
   .split { grid-template-columns: 1fr; gap: 14px; }
   .steps li { grid-template-columns: 46px minmax(0, 1fr) 84px; padding: 5px 8px; gap: 4px 8px; }
-  .tick, .mark { font-size: 15px; } .axis { font-size: 15px; }
+  .wide .tick, .wide .mark, .wide .axis { font-size: 17px; }
+  td > .meter { display: none; }
 }
 @media print { .scroll { overflow: visible; } .card { break-inside: avoid; } }
 """
