@@ -12,7 +12,7 @@ from fakes import ScriptedEngine, make_fake_pool, make_query, run_specs, write_n
 
 from roro_ray.config import EpisodeConfig, RouterConfig
 from roro_ray.errors import CheckpointError, ConfigError, DataError
-from roro_ray.routing.episode import EpisodeSpec
+from roro_ray.routing.episode import EpisodeFailure, EpisodeSpec
 from roro_ray.routing.observation import FEATURE_NAMES, Observation, make_features
 from roro_ray.routing.router import PieceTokenizer, RouterNetwork, load_router, make_router, save_router
 from roro_ray.routing.router_batch import encode_trajectories, score_decisions
@@ -293,6 +293,14 @@ def test_weights_of_another_shape_leave_the_policy_as_it_was(encoder: str) -> No
     with pytest.raises(CheckpointError, match="is missing"):
         policy.load(make_network("").state_dict(), 2)
     assert policy.version == 1 and roll_out(policy) == before
+
+
+def test_diverged_weights_fail_the_episodes_instead_of_deciding(encoder: str) -> None:
+    network = make_network(encoder)
+    with torch.no_grad():
+        network.head[0].weight.fill_(torch.nan)
+    results = roll_out(RouterPolicy(network, 6), 3)
+    assert all(isinstance(result, EpisodeFailure) and "version 6 give no prob" in result.error for result in results)
 
 
 @pytest.mark.parametrize(

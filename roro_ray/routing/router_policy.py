@@ -8,6 +8,7 @@ of cost weights shares most of its texts. New text is read on from where the las
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import torch
 
 from roro_ray.config import STEP_DELIMITER
 from roro_ray.engines.batching import Job, MicroBatcher
+from roro_ray.errors import EngineError
 from roro_ray.routing.draws import draw_uniform
 from roro_ray.routing.observation import Observation
 from roro_ray.routing.reader import TextReader
@@ -35,21 +37,31 @@ class _Reading:
     features: tuple[float, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Opinion:
+    """Log-probabilities over the pool, and the version of the weights that gave them."""
+
+    log_probs: tuple[float, ...]
+    version: int
+
+
 class _Core:
     """The network, its remembered states, and the batcher; shared by a sampling policy and its greedy twin."""
 
     def __init__(self, network: RouterNetwork, version: int) -> None:
         self.network = network.eval()
         self.version = version
-        self.batcher: MicroBatcher[_Reading, list[float]] = MicroBatcher(self._run, _BATCH_DECISIONS, 0.0, "router")
+        self.batcher: MicroBatcher[_Reading, _Opinion] = MicroBatcher(self._run, _BATCH_DECISIONS, 0.0, "router")
+        self._lock = threading.Lock()
         self._states: dict[str, torch.Tensor] = {}
         self._written = -1
         self.reader = None if network.body is None else TextReader(network.body, _CACHE_MB)
         self._flops_per_token = network.flops_per_token
 
     def load(self, state_dict: dict[str, torch.Tensor], version: int) -> None:
-        fill_router(self.network, state_dict)
-        self.version = version
+        with self._lock:  # not amid a batch: each decision is one version's
+            fill_router(self.network, state_dict)
+            self.version = version
 
     def read(self, observation: Observation) -> _Reading:
         """Tokenise, and charge the router for the text that it has not read before."""
@@ -61,19 +73,28 @@ class _Core:
         observation.ledger.charge_router(len(ids), last_step_tokens, self._flops_per_token)
         return _Reading(observation.prefix, ids, observation.features)
 
-    def _run(self, jobs: list[Job[_Reading, list[float]]]) -> None:
-        log_probs = self.compute([job.request for job in jobs])
-        self.batcher.answer(list(zip(jobs, log_probs, strict=True)))
+    def _run(self, jobs: list[Job[_Reading, _Opinion]]) -> None:
+        with self._lock:
+            opinions = self.compute([job.request for job in jobs])
+        self.batcher.answer(list(zip(jobs, opinions, strict=True)))
 
     @torch.inference_mode()
-    def compute(self, readings: Sequence[_Reading]) -> list[list[float]]:
-        """Log-probabilities over the pool for each decision."""
+    def compute(self, readings: Sequence[_Reading]) -> list[_Opinion]:
+        """What the network thinks of each decision.
+
+        Raises:
+            EngineError: the weights give no probabilities (they are NaN or infinite).
+        """
         device = next(self.network.head.parameters()).device
         features_BF = torch.tensor([reading.features for reading in readings], device=device)
         states_BC = None if self.reader is None else self._read_states(readings, self.reader)
-        logits_BN = self.network.decide(states_BC, features_BF)
-        log_probs: list[list[float]] = torch.log_softmax(logits_BN.double(), dim=-1).tolist()
-        return log_probs
+        log_probs_BN = torch.log_softmax(self.network.decide(states_BC, features_BF).double(), dim=-1)
+        if bool(log_probs_BN.isnan().any()):
+            raise EngineError(
+                f"the router's weights of version {self.version} give no probabilities (NaN): training diverged; "
+                "go back to an earlier checkpoint and lower router.head_lr or router.encoder_lr"
+            )
+        return [_Opinion(tuple(log_probs_N), self.version) for log_probs_N in log_probs_BN.tolist()]
 
     def _read_states(self, readings: Sequence[_Reading], reader: TextReader) -> torch.Tensor:
         # torch counts writes to each tensor: any change of the weights, by `load` or by an optimizer, shows here.
@@ -140,16 +161,19 @@ class RouterPolicy:
         self._core.load(state_dict, version)
 
     async def decide(self, observation: Observation) -> Decision:
-        """Choose a model; concurrent calls are computed together."""
+        """Choose a model; concurrent calls are computed together.
+
+        Raises:
+            EngineError: the network failed, or its weights are not finite.
+        """
         reading = self._core.read(observation)
-        version = self._core.version
-        log_probs = await self._core.batcher.submit(reading)
-        probabilities = tuple(math.exp(log_prob) for log_prob in log_probs)
+        opinion = await self._core.batcher.submit(reading)
+        probabilities = tuple(math.exp(log_prob) for log_prob in opinion.log_probs)
         if self._greedy:
-            return Decision(probabilities.index(max(probabilities)), 0.0, probabilities, version)
+            return Decision(probabilities.index(max(probabilities)), 0.0, probabilities, opinion.version)
         uniform = draw_uniform(observation.seed, len(observation.steps), "router")
         model = _invert(probabilities, uniform)
-        return Decision(model, log_probs[model], probabilities, version)
+        return Decision(model, opinion.log_probs[model], probabilities, opinion.version)
 
 
 def _invert(probabilities: Sequence[float], uniform: float) -> int:
