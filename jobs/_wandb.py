@@ -53,6 +53,9 @@ class WandbMirror:
         self._thread.join(timeout=30)
         self._copy()
         self._wandb_run.finish()
+        import wandb
+
+        wandb.teardown()  # ends its service, and so writes what it still holds
 
     def _follow(self) -> None:
         while not self._stop.wait(_INTERVAL_S):
