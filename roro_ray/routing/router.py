@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from roro_ray.config import RouterConfig
-from roro_ray.errors import CheckpointError, ConfigError, did_you_mean
+from roro_ray.errors import CheckpointError, ConfigError, EngineError, did_you_mean
 from roro_ray.routing.observation import FEATURE_NAMES
 from roro_ray.types import Peek
 
@@ -170,18 +170,17 @@ def make_router(config: RouterConfig, pool_size: int) -> RouterNetwork:
 
 
 def _load_encoder(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from roro_ray.engines.hf import resolve_model_path
+    from roro_ray.engines.loading import load_model
 
-    directory = resolve_model_path(path)
     try:
-        body = AutoModel.from_pretrained(directory, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
+        loaded = load_model(path, "cpu", "float32")
+    except EngineError as error:
         raise ConfigError(
-            f"router.encoder {path!r}: no model with a tokenizer could be loaded from {directory}: {error}. "
-            "Expected a directory in Hugging Face format (config.json, weights, tokenizer files)"
+            f"router.encoder is {path!r}: {error}. Expected a causal LM with its tokenizer in Hugging Face format, "
+            "world:NAME for a shipped one, or nothing for scalar signals only"
         ) from error
-    return body.eval(), tokenizer
+    body = cast(PreTrainedModel, loaded.model.base_model)
+    return body.requires_grad_(True), loaded.tokenizer  # engines only infer, and freeze what they load
 
 
 def save_router(router: RouterNetwork, directory: Path | str, version: int = 0) -> Path:
