@@ -12,7 +12,7 @@ from roro_ray.config import Config, EvaluateConfig, RouterConfig
 from roro_ray.errors import ConfigError, DataError
 from roro_ray.evaluation.evaluate import Inputs, collect_alone, evaluate
 from roro_ray.evaluation.examples import choose_examples
-from roro_ray.evaluation.headline import make_headline
+from roro_ray.evaluation.headline import make_context, make_headline
 from roro_ray.evaluation.learning_curve import Snapshot
 from roro_ray.evaluation.local_host import LocalHost
 from roro_ray.evaluation.methods import METHODS, make_specs, random_settings, threshold_settings
@@ -349,3 +349,23 @@ def test_headline_says_what_happened():
     dear = make_headline(overall_entry(0.0, [0.0, 0.0], -0.2), 0.01)
     assert "20% (18 to 22) more FLOPs" in dear["text"]
     assert make_headline({}, 0.01)["reached"] is None
+
+
+def test_context_names_the_cheapest_methods_that_reach_the_large_model():
+    overall = {
+        "large": {"flops": 100.0},
+        "confidence": {"cost_share": 0.5, "flops": 60.0, "vs_large": {"accuracy": -0.005}},
+        "draft_verify": {"cost_share": 0.2, "flops": 120.0, "vs_large": {"accuracy": 0.0}},
+        "random": {"cost_share": 0.1, "flops": 30.0, "vs_large": {"accuracy": -0.2}},
+        "oracle": {"cost_share": 0.01, "flops": 10.0, "vs_large": {"accuracy": 0.0}},
+    }
+    text = make_context(overall, 0.01)
+    assert "Draft and verify (RSD-like) uses the fewest large steps (20%)" in text
+    assert "Confidence (STEER-like) the fewest FLOPs (60% of the large model's)" in text
+    del overall["confidence"], overall["draft_verify"]
+    assert make_context(overall, 0.01) == "No method is within 1 point of the large model's accuracy on test."
+    versus = {"accuracy": 0.004, "cost_share": -0.08, "ci": {"accuracy": [-0.01, 0.02], "cost_share": [-0.1, -0.06]}}
+    overall["roro"] = {"cost_share": 0.3, "flops": 50.0, "vs_large": {"accuracy": 0.0}, "vs_grpo_outcome": versus}
+    assert "differs by +0.4 points (-1.0 to +2.0) and its large share by -8.0 points (-10.0 to -6.0)" in make_context(
+        overall, 0.01
+    )

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from roro_ray.evaluation.methods import METHODS
+
 
 def make_headline(overall: Mapping[str, Any], slack: float) -> dict[str, Any]:
     """The sentence and the figures in it.
@@ -19,15 +21,17 @@ def make_headline(overall: Mapping[str, Any], slack: float) -> dict[str, Any]:
         slack: the largest loss of accuracy that still counts as the large model's accuracy.
 
     Returns:
-        `text`, which is `lead` and, where something must be added, `caveat`; `reached` (None where RoRo was not
-        evaluated); `saved_flops`, `saved_steps` and `accuracy_change`, each a value with `ci`.
+        `text`, which is `lead` and, where something must be added, `caveat`; `context`, how the other methods did;
+        `reached` (None where RoRo was not evaluated); `saved_flops`, `saved_steps` and `accuracy_change`, each a
+        value with `ci`.
     """
+    context = make_context(overall, slack)
     entry = overall.get("roro")
     versus = (entry or {}).get("vs_large") or {}
     change, share = versus.get("accuracy"), (entry or {}).get("cost_share")
     if entry is None or change is None or share is None:
         text = "RoRo was not evaluated in this run."
-        return {"text": text, "lead": text, "caveat": "", "reached": None}
+        return {"text": text, "lead": text, "caveat": "", "context": context, "reached": None}
     interval = versus["ci"].get("accuracy")
     reached = change >= -slack - 1e-9
     certain = reached and interval is not None and interval[0] >= -slack - 1e-9
@@ -55,11 +59,46 @@ def make_headline(overall: Mapping[str, Any], slack: float) -> dict[str, Any]:
         "text": f"{lead} {caveat}".strip(),
         "lead": lead,
         "caveat": caveat,
+        "context": context,
         "reached": reached,
         "accuracy_change": {"value": change, "ci": interval},
         "saved_steps": {"value": steps, "ci": steps_ci},
         "saved_flops": {"value": flops, "ci": flops_ci},
     }
+
+
+def make_context(overall: Mapping[str, Any], slack: float) -> str:
+    """Which methods reach the large model's accuracy most cheaply, and RoRo beside outcome-only GRPO."""
+    large = overall.get("large", {})
+    near = {
+        method: entry
+        for method, entry in overall.items()
+        if method not in ("small", "large", "oracle")
+        and (entry.get("vs_large") or {}).get("accuracy") is not None
+        and entry["vs_large"]["accuracy"] >= -slack - 1e-9
+    }
+    within = f"within {100 * slack:g} point{'' if slack == 0.01 else 's'} of the large model's accuracy on test"
+    if not near:
+        text = f"No method is {within}."
+    else:
+        steps = min(near, key=lambda method: near[method]["cost_share"])
+        text = f"Of the methods {within}, {METHODS[steps].title} uses the fewest large steps"
+        text += f" ({_percent(near[steps]['cost_share'])})"
+        if large.get("flops"):
+            flops = min(near, key=lambda method: near[method]["flops"])
+            part = near[flops]["flops"] / large["flops"]
+            text += f" and {METHODS[flops].title} the fewest FLOPs ({_percent(part)} of the large model's)."
+        else:
+            text += "."
+    versus = (overall.get("roro") or {}).get("vs_grpo_outcome") or {}
+    if versus.get("accuracy") is not None and versus.get("cost_share") is not None:
+        ci = versus["ci"]
+        text += (
+            f" Against GRPO on the outcome alone, RoRo's accuracy differs by {_points(versus['accuracy'])} points"
+            f"{_span_points(ci.get('accuracy'))} and its large share by {_points(versus['cost_share'])} points"
+            f"{_span_points(ci.get('cost_share'))}."
+        )
+    return text
 
 
 def _flops_clause(saved: float | None, interval: list[float] | None, join: str) -> str:

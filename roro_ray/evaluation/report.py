@@ -77,7 +77,8 @@ def _header(summary: Mapping[str, Any]) -> str:
     return (
         "<h1>RoRo: which model writes the next step?</h1>"
         f'<p class="lead">{escape(headline["lead"])}</p>{caveat}{make_tiles(headline)}'
-        f'<p class="note" style="margin-top:14px">{queries["test"]} test queries in {len(queries["suites"])} suites '
+        f'<p style="margin-top:16px">{escape(headline["context"])}</p>'
+        f'<p class="note">{queries["test"]} test queries in {len(queries["suites"])} suites '
         f"({escape(', '.join(queries['suites']))}). Settings were chosen on {queries['validation']} other queries. "
         f"Ranges are 95% intervals from {summary['bootstrap']['resamples']} resamples of the test queries, "
         "the same for every method.</p>"
