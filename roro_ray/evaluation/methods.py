@@ -104,7 +104,7 @@ def threshold_settings(method: str, watched: Sequence[Outcome], count: int) -> l
         if step.decision.signal is not None
     ]
     thresholds = choose_thresholds(signals or [i / 100 for i in range(101)], count)
-    return [Setting(f"threshold {tau:.4g}", f"{method}:{tau!r}") for tau in thresholds]
+    return [Setting(f"threshold {tau:.6g}", f"{method}:{tau!r}") for tau in thresholds]
 
 
 def make_specs(method: str, settings: Sequence[Setting], queries: Sequence[Query], seed: int) -> list[EpisodeSpec]:

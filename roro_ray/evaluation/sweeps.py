@@ -83,7 +83,7 @@ def query_level_sweep(fails_Q: Floats, flops_Q: Floats, anchors: Anchors, thresh
     for tau in choose_thresholds(fails_Q[:size], thresholds):
         values_KQ = np.where(fails_Q > tau, large_KQ, small_KQ)
         values_KQ[QUANTITIES.index("flops")] += flops_Q
-        settings.append(_with_drops(Scores(f"threshold {tau:.4g}", values_KQ)))
+        settings.append(_with_drops(Scores(f"threshold {tau:.6g}", values_KQ)))
     return make_sweep("query_level", settings, size, anchors)
 
 
