@@ -8,11 +8,13 @@ import random
 
 import pytest
 
-from roro_ray.config import EpisodeConfig
+from roro_ray.config import Config, EpisodeConfig
+from roro_ray.evaluation.local_host import LocalHost
 from roro_ray.evaluation.oracle import run_oracle
 from roro_ray.routing.episode import EpisodeSpec
 from roro_ray.routing.runner import Runner
 from roro_ray.types import Query, Trajectory
+from roro_ray.world.tasks import make_queries
 from tests.fakes import ScriptedEngine, make_fake_pool, run_specs
 
 CONFIG = EpisodeConfig()
@@ -122,3 +124,24 @@ def test_step_limit_ends_the_search():
     queries = [Query("q", "test", "test", "a" * 6, "42")]
     results = asyncio.run(run_oracle(queries, make_pool(), EpisodeConfig(max_steps=4)))
     assert not results[0].solved and results[0].exact
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_found_assignments_hold_on_the_embedded_world(temperature):
+    # With sampling too: the search draws every step as the episode loop would, from the episode's seed.
+    config = Config(episode=EpisodeConfig(temperature=temperature), seed=3)
+    queries = [query for suite in ("chain", "list") for query in make_queries(suite, "validation", 5)]
+    with LocalHost(config) as host:
+        results = host.find_oracle(queries)
+        specs = [EpisodeSpec(q.id, q, r.strategy, config.seed) for q, r in zip(queries, results, strict=True)]
+        outcomes = host.run(specs)
+        alone = host.run([EpisodeSpec(q.id, q, "fixed:1", config.seed) for q in queries])
+    for result, outcome, large in zip(results, outcomes, alone, strict=True):
+        assert result.error is None and result.exact
+        assert isinstance(outcome, Trajectory) and outcome.correct is result.solved
+        if result.solved:
+            assert outcome.models == result.assignment
+        if isinstance(large, Trajectory) and large.correct:
+            assert result.solved and result.cost <= len(large.steps)
+    assert sum(result.solved for result in results) >= 7
+    assert any(result.solved and result.cost > 0 for result in results)
