@@ -1,0 +1,70 @@
+"""Rubrics that learn nothing: random and fixed ones, the controls that show whether the rubric matters."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+
+from roro_ray.reward.rubric import MODELS, WEIGHTS, format_rubric, make_overall_criterion, make_step_criterion
+from roro_ray.types import Criterion, Query, Rubric
+
+_STEP = re.compile(r"([A-Z]): (.+?)(?=(?:[;.]? *[A-Z]: )|[;.]? *$)")
+# The same three lines for every query, in words that name no step: what a rubric is without a Rubricor.
+FIXED_CRITERIA = (
+    Criterion("overall: hard steps written by the large model", 5.0, None, "large"),
+    Criterion("overall: easy steps written by the small model", 3.0, None, "small"),
+    make_overall_criterion("small", 1.0),
+)
+
+
+def find_steps(query: Query) -> list[tuple[str, str]]:
+    """The labelled steps that a query states: (label, the query's words for it); empty where it labels none."""
+    return [(match[1], match[2]) for match in _STEP.finditer(query.text)]
+
+
+def make_fixed_rubric(query: Query) -> Rubric:
+    """The one fixed rubric."""
+    return Rubric(query.id, FIXED_CRITERIA, format_rubric(FIXED_CRITERIA))
+
+
+def make_random_rubric(query: Query, seed: int = 0, min_criteria: int = 3, max_criteria: int = 7) -> Rubric:
+    """A well-formed rubric with random steps, writers and weights; the same for the same query and seed."""
+    rng = random.Random(f"{seed}/{query.id}")
+    return make_rubric_of(query, draw_random_criteria(query, rng, min_criteria, max_criteria))
+
+
+def draw_random_criteria(
+    query: Query, rng: random.Random, min_criteria: int = 3, max_criteria: int = 7
+) -> list[Criterion]:
+    """An overall criterion and random step criteria, in order of the steps."""
+    steps = find_steps(query)
+    most = min(len(steps), max_criteria - 1)
+    count = rng.randint(min(min_criteria - 1, most), most)
+    chosen = sorted(rng.sample(range(len(steps)), count))
+    overall = make_overall_criterion(rng.choice(MODELS), rng.choice(WEIGHTS))
+    return [
+        overall,
+        *(make_step_criterion(*steps[index], rng.choice(MODELS), rng.choice(WEIGHTS)) for index in chosen),
+    ]
+
+
+def make_rubric_of(query: Query, criteria: Sequence[Criterion]) -> Rubric:
+    """A rubric of given criteria."""
+    return Rubric(query.id, tuple(criteria), format_rubric(criteria))
+
+
+def shuffle_rubrics(rubrics: Sequence[Rubric], queries: Sequence[Query]) -> list[Rubric]:
+    """Another query's rubric for each query, the next one of the same suite where there is one.
+
+    Only the labels' agreement with the query is lost, not the format or the distribution of rubrics.
+    """
+    by_suite: dict[str, list[int]] = {}
+    for index, query in enumerate(queries):
+        by_suite.setdefault(query.suite, []).append(index)
+    result: list[Rubric] = list(rubrics)
+    for members in by_suite.values():
+        for position, index in enumerate(members):
+            other = rubrics[members[(position + 1) % len(members)]]
+            result[index] = Rubric(queries[index].id, other.criteria, other.text, other.version)
+    return result
