@@ -145,7 +145,7 @@ class EvaluateConfig:
     """Frontier sweeps and intervals."""
 
     cost_weights: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0])
-    random_shares: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+    random_shares: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
     thresholds: int = 9  # thresholds of every threshold method, quantiles of its signal on validation
     bootstrap: int = 1000  # resamples over queries
     accuracy_slack: float = 0.01  # operating point: cheapest within this of the large model on validation
