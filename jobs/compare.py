@@ -39,12 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(config: Config, run: RunDir, arguments: argparse.Namespace) -> None:
-    from jobs.stages import open_pool
+    from jobs.stages import import_before_threads, open_pool
     from roro_ray.evaluation.comparison import format_comparison
 
     began = time.monotonic()
     summaries, tuning = {}, {}
     with open_pool(config) as pool:
+        import_before_threads()
         for seed in range(config.seed, config.seed + arguments.seeds):
             say(f"== Seed {seed}")
             mine = replace(config, seed=seed, run_dir=str(run.path / f"seed{seed}"))

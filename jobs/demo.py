@@ -33,10 +33,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(config: Config, run: RunDir, arguments: argparse.Namespace) -> None:
     from jobs._table import format_results
     from jobs._together import run_together
-    from jobs.stages import collect_stage, evaluate_stage, open_pool, pairs_stage, reward_stage, router_stage
+    from jobs.stages import (
+        collect_stage,
+        evaluate_stage,
+        import_before_threads,
+        open_pool,
+        pairs_stage,
+        reward_stage,
+        router_stage,
+    )
 
     began = time.monotonic()
     with open_pool(config) as pool:
+        import_before_threads()
         collect_stage(config, run, pool)
         pairs_stage(config, run, pool)
         # The control needs no learned reward, so it trains meanwhile.

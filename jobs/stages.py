@@ -41,6 +41,11 @@ def method_config(config: Config, method: str) -> Config:
     return replace(config, router=router, reward=replace(config.reward, **changes.get("reward", {})))
 
 
+def import_before_threads() -> None:
+    """Import what stages that run side by side would import at once: transformers' lazy modules break under that."""
+    import roro_ray.reward.alternate  # noqa: F401
+
+
 @contextmanager
 def open_pool(config: Config) -> Iterator[RolloutPool]:
     """A Ray (started here unless one is joined) and the rollout workers on it."""
