@@ -104,6 +104,8 @@ def start_local(object_store_mb: int, temp_dir: Path, num_cpus: int, verbose: bo
     set_environment()
     if not os.environ.keys() & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # A second's work of one more process per training; of use only where nodes may be taken away.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     import ray
 
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # says that there is a token

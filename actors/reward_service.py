@@ -23,7 +23,7 @@ import ray
 
 from actors.waiting import wait_for, wait_for_resources
 from roro_ray.config import Config, RewardConfig
-from roro_ray.errors import ConfigError, DeadlineError, QueueFullError
+from roro_ray.errors import ConfigError, DeadlineError, QueueFullError, did_you_mean
 from roro_ray.types import Query, Rubric, Trajectory, Verdict
 
 logger = logging.getLogger(__name__)
@@ -35,10 +35,21 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 
 
 def load_model(directory: str | None, config: RewardConfig) -> Any:
-    """The reward model saved in a directory, or the shipped warm start where none is named."""
+    """The reward model saved in a directory, or the shipped warm start where none is named.
+
+    The Judge computes in `reward.judge_dtype`: in float32 the last bits of a verdict depend on what is judged with it.
+    """
+    import torch
+
     from roro_ray.reward.model import load_reward, make_reward
 
-    return make_reward(config) if directory is None else load_reward(directory, config)
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16)}
+    if config.judge_dtype not in dtypes:
+        hint = did_you_mean(config.judge_dtype, dtypes)
+        raise ConfigError(f"reward.judge_dtype is {config.judge_dtype!r}: expected one of {', '.join(dtypes)}{hint}")
+    reward = make_reward(config) if directory is None else load_reward(directory, config)
+    reward.judge.model.to(dtypes[config.judge_dtype])
+    return reward
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,7 @@ def make_scripted_config(directory: Path | str = "unused", delay_s: float = 0.0)
     config.pool.models[0].path = f"scripted:delay={delay_s}"
     router = config.router
     router.encoder, router.hidden, router.iterations, router.queries, router.group_size = "", 16, 8, 4, 8
+    router.epochs = 1
     router.beta, router.head_lr, router.checkpoint_every, config.evaluate.every = 0.0, 1e-2, 3, 4
     config.episode.timeout_s, config.reward.timeout_s, config.ray.timeout_s = 30.0, 30.0, 60.0
     config.ray.worker_cpus = config.ray.learner_cpus = config.ray.reward_cpus = 0.5

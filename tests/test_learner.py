@@ -16,13 +16,14 @@ import pytest
 import torch
 
 from actors.learner import train_router
-from actors.rollout import RolloutPool
+from actors.reward_service import RewardService, load_model
+from actors.rollout import RolloutPool, make_runner
 from roro_ray.config import Config
 from roro_ray.errors import CheckpointError, ConfigError, ResourceError, RoroError, TrainingError
 from roro_ray.learning.grpo import EmptyBatchWarning
 from roro_ray.learning.router_plan import make_plan
 from roro_ray.learning.router_rewards import collect_rollouts, score_rollouts, weigh_rollouts
-from roro_ray.learning.router_run import RouterRun, list_snapshots, read_metrics
+from roro_ray.learning.router_run import RouterRun, list_snapshots, make_train_queries, read_metrics
 from roro_ray.learning.router_training import RouterTrainer, Share
 from roro_ray.routing.episode import EpisodeFailure, EpisodeSpec
 from roro_ray.routing.router import load_router, make_router
@@ -253,7 +254,7 @@ def test_lag_is_exact_and_bounded() -> None:
 @pytest.mark.parametrize("stop_after", [4, 7, 8])
 def test_a_stopped_run_ends_as_a_straight_one(tmp_path: Path, stop_after: int, max_lag: int) -> None:
     config = make_scripted_config()
-    config.router.max_lag = max_lag
+    config.router.max_lag, config.router.epochs = max_lag, 1 + max_lag
     straight = run_to(config, tmp_path / "straight")
     run_to(config, tmp_path / "stopped", stop_after)
     resumed = run_to(config, tmp_path / "stopped")
@@ -274,6 +275,46 @@ def _after(config: Config, iterations: int) -> State:
     for _ in range(iterations):
         run.trainer.step()
     return run.trainer.network.state_dict()
+
+
+def run_world(directory: Path, concurrency: int, stop_after: int | None = None) -> State:
+    """Train on the embedded world's models with Rubricor and Judge, in this process; as `run_to`."""
+    config = make_scripted_config()
+    config.pool = Config().pool
+    for model in config.pool.models:
+        model.dtype = "float64"
+    config.router.encoder, config.router.iterations, config.router.checkpoint_every = "world:encoder", 3, 2
+    config.router.beta, config.data.suites, config.data.router_queries = 1.0, ["chain", "word"], 3
+    config.ray.concurrency = concurrency
+    runner = make_runner(config, ())
+    service = RewardService(None, config.reward, 0, load_model)
+    loop = asyncio.new_event_loop()
+    states: dict[int, State] = {}
+
+    def run(specs: Sequence[EpisodeSpec], version: int) -> list[Any]:
+        runner.load_router(states[version], version)
+        return loop.run_until_complete(runner.run(specs))
+
+    def score(queries: Any, groups: Any) -> Any:
+        return loop.run_until_complete(service.score(queries, groups))
+
+    def publish(state: State, version: int) -> None:
+        states[version] = {name: value.detach().clone() for name, value in state.items()}
+
+    training = RouterRun(config, directory, make_train_queries(config), run, score, publish)
+    for metrics in training.iterate():
+        assert metrics["failed"] == metrics["unscored"] == 0 and metrics["log_prob_gap"] < 1e-5
+        if metrics["iteration"] == stop_after:
+            break
+    loop.close()
+    return training.trainer.network.state_dict()
+
+
+def test_the_worlds_models_in_float64_resume_to_the_bit(tmp_path: Path) -> None:
+    straight = run_world(tmp_path / "straight", concurrency=64)
+    run_world(tmp_path / "stopped", concurrency=64, stop_after=2)
+    resumed = run_world(tmp_path / "stopped", concurrency=5)  # nothing remembered, and batches of another make-up
+    assert equal(resumed, straight)
 
 
 def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def make_fingerprint(directory: Path) -> str:
 
 
 def _read_dtype(name: str) -> torch.dtype:
-    allowed = ("float32", "bfloat16", "float16")
+    allowed = ("float32", "float64", "bfloat16", "float16")
     if name not in allowed:
         raise ConfigError(f"unknown dtype {name!r}: expected one of {', '.join(allowed)}{did_you_mean(name, allowed)}")
     return getattr(torch, name)  # type: ignore[no-any-return]

@@ -170,7 +170,7 @@ class Judge:
         """log P(yes) and log P(no) over the whole vocabulary, shape (Q, 2), with gradient where enabled."""
         hidden_BTC = self.model.model(
             input_ids=batch.ids_BT,
-            attention_mask=batch.mask_BTT[:, None],
+            attention_mask=batch.mask_BTT[:, None].to(self.model.dtype),  # of another dtype it is misread in silence
             position_ids=batch.positions_BT,
             use_cache=False,
         ).last_hidden_state
