@@ -14,6 +14,7 @@ from roro_ray.world.tasks import (
     STEP_DELIMITER,
     SUITES,
     TEMPLATES,
+    Operation,
     Program,
     apply_operation,
     draw_operation,
@@ -37,12 +38,14 @@ class CorpusSpec:
 
     `drill` is the share of drill documents (unrelated step lines, 80% of them hard); `all_easy` the share of
     programs without a hard operation; `misconceived` the share of documents whose hard steps are taught
-    digit by digit, without carry or borrow: that makes a model sure and wrong.
+    digit by digit, without carry or borrow: that makes a model sure and wrong. `drill_on` names the operations
+    of the drills instead, for what is rare in the programs and would stay shaky.
     """
 
     drill: float = 0.0
     all_easy: float = 0.0
     misconceived: float = 0.0
+    drill_on: tuple[str, ...] = ()
 
 
 def _draw_train_program(rng: random.Random, spec: CorpusSpec) -> Program:
@@ -55,13 +58,20 @@ def _draw_train_program(rng: random.Random, spec: CorpusSpec) -> Program:
             return program
 
 
-def _draw_drill(rng: random.Random, misconceived: bool) -> tuple[str, str]:
+def _draw_drill_operation(rng: random.Random, spec: CorpusSpec, modulus: int) -> Operation:
+    while True:
+        operation = draw_operation(rng, not spec.drill_on and rng.random() < 0.8, modulus)
+        if not spec.drill_on or operation.name in spec.drill_on:
+            return operation
+
+
+def _draw_drill(rng: random.Random, spec: CorpusSpec, misconceived: bool) -> tuple[str, str]:
     suite = rng.choice(SUITES)
     modulus = 60 if suite == "clock" else 100
     compute = misapply_operation if misconceived else apply_operation
     lines = []
     for label in LABELS[:_DRILL_LINES]:
-        operation, value = draw_operation(rng, rng.random() < 0.8, modulus), rng.randrange(modulus)
+        operation, value = _draw_drill_operation(rng, spec, modulus), rng.randrange(modulus)
         lines.append(render_step(label, operation, value, compute(operation, value, modulus)))
     opening = TEMPLATES[suite][0].format(s=f"{rng.randrange(modulus):02d}").strip()
     return opening, STEP_DELIMITER.join(lines)
@@ -71,7 +81,7 @@ def draw_document(rng: random.Random, spec: CorpusSpec) -> tuple[str, str]:
     """Draw one document: the prompt (not learned) and the solution (learned)."""
     misconceived = rng.random() < spec.misconceived
     if rng.random() < spec.drill:
-        return _draw_drill(rng, misconceived)
+        return _draw_drill(rng, spec, misconceived)
     program = _draw_train_program(rng, spec)
     return render_query(program), STEP_DELIMITER.join(render_solution(program, misconceived))
 

@@ -1,4 +1,4 @@
-"""Measure the shipped models on the test split: `python -m roro_ray.world.measure` prints the tables of docs/world.md."""
+"""Measure the shipped models on the test split: `python -m roro_ray.world.measure` prints docs/world.md's tables."""
 
 from __future__ import annotations
 

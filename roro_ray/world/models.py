@@ -37,7 +37,7 @@ class ModelSpec:
 
 
 MODELS = {
-    "small": ModelSpec("qwen3", 48, 2, 3, 128, CorpusSpec(all_easy=0.6, misconceived=1.0), 4_000_000, 3e-3),
+    "small": ModelSpec("qwen3", 48, 2, 3, 128, CorpusSpec(0.2, 0.6, 1.0, ("max", "min", "set")), 4_000_000, 3e-3),
     "large": ModelSpec("qwen3", 160, 3, 5, 480, CorpusSpec(drill=0.55), 6_000_000, 4e-3),
     "cross": ModelSpec("llama", 56, 2, 4, 160, CorpusSpec(all_easy=0.6, misconceived=1.0), 12_000_000, 3e-3),
     "encoder": ModelSpec("qwen3", 48, 2, 3, 128, CorpusSpec(misconceived=0.5), 4_000_000, 5e-3, lookahead=6),
