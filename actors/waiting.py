@@ -150,7 +150,9 @@ def check_resources(bundles: Sequence[Bundle], what: str, autoscaler: bool = Fal
     if too_large is None and not _lacks(asked, total):
         return
     if autoscaler or has_autoscaler():
-        logger.warning("%s asks for %s; the cluster has %s and has to grow", what, asked, format_resources(total))
+        logger.warning(
+            "%s asks for %s; the cluster has %s and has to grow", what, format_resources(asked), format_resources(total)
+        )
         return
     problem = (
         f"one of its parts asks for {format_resources(too_large)}, more than any node has"
