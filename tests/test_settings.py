@@ -30,7 +30,8 @@ def test_defaults_are_valid() -> None:
 
 def test_overrides_beat_the_file_and_the_file_beats_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text("router: {beta: 0.5, hidden: 8}\npool:\n  models:\n  - {name: a, path: p}\n  - {name: b, path: q}\n")
+    models = "pool:\n  models:\n  - {name: a, path: p}\n  - {name: b, path: q}\n"
+    file.write_text("router: {beta: 0.5, hidden: 8}\n" + models)
     config = load_config(["router.beta=0.25", "pool.models[1].path=world:large", "collect.strategies=[fixed:0]"], file)
     assert (config.router.beta, config.router.hidden, config.router.prior) == (0.25, 8, Config().router.prior)
     assert [(m.name, m.path, m.engine) for m in config.pool.models] == [("a", "p", "hf"), ("b", "world:large", "hf")]
