@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 
 import pytest
 
-from roro_ray.engines.batching import Job, MicroBatcher
+from roro_ray.engines.batching import Job, MicroBatcher, Turn
 from roro_ray.errors import EngineError
 
 pytestmark = pytest.mark.timeout(20)
@@ -199,3 +200,64 @@ def test_two_loops_in_two_threads_share_a_batcher() -> None:
         thread.join(10)
     for start in (100, 200):
         assert results[start] == [2 * n for k in range(20) for n in range(start + k, start + k + 5)]
+
+
+async def test_batchers_that_share_a_turn_never_run_side_by_side() -> None:
+    turn, running, most = Turn(), [0], [0]
+
+    def make(name: str) -> MicroBatcher[int, int]:
+        def run(jobs: list[Job[int, int]]) -> None:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+            time.sleep(0.002)
+            running[0] -= 1
+            if any(job.request == 7 for job in jobs):
+                raise ValueError("seven")
+            batcher.answer([(job, job.request) for job in jobs])
+
+        batcher = MicroBatcher(run, 4, 0.0, name, turn)
+        return batcher
+
+    batchers = [make(name) for name in "abc"]
+    asked = [batcher.submit(n) for n in range(12) for batcher in batchers]
+    results = await asyncio.gather(*asked, return_exceptions=True)
+    assert most == [1]
+    assert [r for r in results if not isinstance(r, EngineError)] == [
+        n for n in (0, 1, 2, 3, 8, 9, 10, 11) for _ in "abc"
+    ]
+
+
+async def test_requests_gather_for_one_batcher_while_another_has_the_turn() -> None:
+    turn = Turn()
+    slow, quick = Doubler(), Doubler()
+    slow.batcher._turn = quick.batcher._turn = turn
+    slow.hold.clear()
+    first = asyncio.create_task(slow.batcher.submit(1))
+    await wait_until(slow.started.is_set)
+    others = []
+    for n in range(5):
+        others.append(asyncio.create_task(quick.batcher.submit(n)))
+        await asyncio.sleep(0.002)
+    assert quick.batches == []
+    slow.hold.set()
+    assert [await first, *[await other for other in others]] == [2, 0, 2, 4, 6, 8]
+    assert quick.batches == [[0, 1, 2, 3, 4]]
+
+
+def test_a_loop_that_ends_while_it_waits_for_its_turn_blocks_nobody() -> None:
+    turn = Turn()
+    slow, quick = Doubler(), Doubler()
+    slow.batcher._turn = quick.batcher._turn = turn
+    slow.hold.clear()
+
+    async def abandon() -> None:
+        tasks = [asyncio.create_task(slow.batcher.submit(1))]
+        await wait_until(slow.started.is_set)
+        tasks.append(asyncio.create_task(quick.batcher.submit(2)))
+        await wait_until(lambda: turn._waiting)
+        assert not any(task.done() for task in tasks)
+
+    asyncio.run(abandon())
+    slow.hold.set()
+    assert asyncio.run(quick.ask(3)) == [6]
+    assert asyncio.run(slow.ask(4)) == [8]

@@ -14,6 +14,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from roro_ray.engines.hf import HfEngine, resolve_model_path
+from roro_ray.engines.lean import LeanModel, make_lean
 from roro_ray.engines.loading import _read_masks, load_model
 from roro_ray.engines.protocol import StepRequest
 from roro_ray.errors import ConfigError, EngineError
@@ -90,6 +91,21 @@ def test_other_families_decode_as_the_library_does(tmp_path: Path, family: str) 
         assert result.token_ids == tuple(logs.argmax(-1).tolist())
         assert result.log_probs == pytest.approx(logs.max(-1).values.tolist(), abs=2e-4)
     assert engine.stats.tokens_reused > sum(len(make_tokenizer()(text).input_ids) for text in texts)
+
+
+def test_the_lean_pass_is_for_the_models_that_it_reproduces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_lean(path: str, dtype: str = "float32") -> bool:
+        loaded = load_model(path, "cpu", dtype)
+        return make_lean(loaded.model, loaded.shape, loaded.masks) is not None
+
+    assert is_lean("world:small") and is_lean("world:cross")
+    assert not is_lean("world:small", "bfloat16")
+    for family in ("Mistral", "Qwen3", "Gemma2", "GPT2"):  # windows, other blocks
+        make_directory(tmp_path / family, family)
+        assert not is_lean(str(tmp_path / family))
+    forward = LeanModel.forward
+    monkeypatch.setattr(LeanModel, "forward", lambda *arguments: forward(*arguments) * 1.01)
+    assert not is_lean("world:small")
 
 
 def test_a_missing_directory(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from roro_ray.errors import EngineError
 
@@ -40,14 +40,54 @@ class Job(Generic[Q, R]):
         return all(future.cancelled() or loop.is_closed() for loop, future in self.waiters)
 
 
+class Turn:
+    """Whose batch runs, among batchers that compute on one device of this process.
+
+    Side by side they would slow each other down, and a fast model would run off with the few requests that its last
+    batch set free. In turns, and with a look at the event loop in between, requests gather for one model while the
+    other computes.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._taken = False
+        self._waiting: list[MicroBatcher[Any, Any]] = []
+
+    def take(self, batcher: MicroBatcher[Any, Any]) -> bool:
+        """Whether the batcher may run now; if not, it will be told to ask again."""
+        with self._lock:
+            if self._taken:
+                self._waiting.append(batcher)
+                return False
+            self._taken = True
+            return True
+
+    def give_back(self, batcher: MicroBatcher[Any, Any]) -> None:
+        """The batcher's batch is over: the others ask again, then it does."""
+        with self._lock:
+            self._taken = False
+            waiting, self._waiting = self._waiting, []
+        for other in dict.fromkeys([*waiting, batcher]):
+            other.nudge()
+
+
 class MicroBatcher(Generic[Q, R]):
     """Gathers `submit` calls into batches of at most `batch_size` for `run`, which a worker thread calls.
 
     `run(jobs)` must `answer` or `fail` each job, or `put_back` it; a job that it leaves, or that is in the batch
     when it raises, fails with an EngineError. `max_wait_s` holds every batch back that long for more requests.
+    Batchers that share a `turn` run one batch at a time.
     """
 
-    def __init__(self, run: Callable[[list[Job[Q, R]]], None], batch_size: int, max_wait_s: float, name: str):
+    def __init__(
+        self,
+        run: Callable[[list[Job[Q, R]]], None],
+        batch_size: int,
+        max_wait_s: float,
+        name: str,
+        turn: Turn | None = None,
+    ):
+        self._turn = turn or Turn()
         self._run = run
         self._batch_size = batch_size
         self._max_wait_s = max_wait_s
@@ -95,6 +135,14 @@ class MicroBatcher(Generic[Q, R]):
         """Raise an error in all who wait for these jobs (worker thread)."""
         self._deliver([(job, None, error) for job in jobs])
 
+    def nudge(self) -> None:
+        """Look for requests to run, in an event loop that waits for one (any thread)."""
+        with self._lock:
+            loops = {loop for job in self._pending for loop, _ in job.waiters if not loop.is_closed()}
+        for loop in loops:
+            with contextlib.suppress(RuntimeError):  # closed in between
+                loop.call_soon_threadsafe(self._gather, loop)
+
     def put_back(self, jobs: list[Job[Q, R]]) -> None:
         """Return unfinished jobs to the head of the queue (worker thread)."""
         with self._lock:
@@ -128,7 +176,7 @@ class MicroBatcher(Generic[Q, R]):
             return
         with self._lock:
             self._gathering = None
-            if self._busy or not self._pending:
+            if self._busy or not self._pending or not self._turn.take(self):
                 return
             self._busy = True
         self._executor.submit(self._work)
@@ -149,10 +197,7 @@ class MicroBatcher(Generic[Q, R]):
         self.fail([job for job in jobs if not job.done and id(job) not in waiting], error)
         with self._lock:
             self._busy = False
-            loops = {loop for job in self._pending for loop, _ in job.waiters if not loop.is_closed()}
-        for loop in loops:
-            with contextlib.suppress(RuntimeError):  # closed in between
-                loop.call_soon_threadsafe(self._gather, loop)
+        self._turn.give_back(self)
 
     def _deliver(self, outcomes: list[tuple[Job[Q, R], R | None, Exception | None]]) -> None:
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[R], R | None, Exception | None]]] = {}

@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from roro_ray.engines.kv import BatchKV, KVShape, PrefixKV
+from roro_ray.engines.lean import make_lean
 from roro_ray.engines.sampling import draw_tokens
 from roro_ray.engines.text import StepText
 
@@ -59,6 +60,9 @@ class Row:
         return self.max_tokens - (len(self.ids) - self.start)
 
 
+_Found = tuple[Row, list[int]]  # a row, and the slots of its known beginning
+
+
 @dataclass(slots=True)
 class DecodeStats:
     """What was computed: forward passes, tokens computed from prefixes, tokens taken from the store, decoded ones."""
@@ -91,6 +95,7 @@ class StepDecoder:
         self._masks = masks
         self._device = shape.device
         self._kv = BatchKV(shape)
+        self._lean = make_lean(model, shape, masks)
         self._known = PrefixKV(shape, capacity, text.vocabulary) if capacity else None
         self._most_tokens = most_tokens
 
@@ -132,43 +137,48 @@ class StepDecoder:
     def _prefill(self, rows: list[Row]) -> tuple[_Batch, torch.Tensor]:
         """Place rows and compute what their prefixes miss; gives the batch and its next tokens' logits (B, V)."""
         found = [self._known.match(row.ids, len(row.ids) - row.needed) if self._known else [] for row in rows]
-        # Most missing first, so that groups are slices of the buffer.
-        pairs = sorted(zip(rows, found, strict=True), key=lambda pair: len(pair[1]) - len(pair[0].ids))
+        groups = self._group(list(zip(rows, found, strict=True)))
+        pairs = [pair for group in groups for pair in group]
         batch = _Batch([row for row, _ in pairs])
         missing = [len(row.ids) - len(slots) for row, slots in pairs]
         self._kv.resize(len(rows), batch.column + max(max(row.room, 0) for row in rows))
         if self._known is not None:
-            slots_BT = np.zeros((len(rows), batch.column - missing[-1]), dtype=np.int64)
+            slots_BT = np.zeros((len(rows), batch.column - min(missing)), dtype=np.int64)
             for line, (_, slots), first in zip(slots_BT, pairs, batch.firsts, strict=True):
                 line[first : first + len(slots)] = slots
             self._known.load(slots_BT, self._kv)
         self.stats.tokens_prefilled += sum(missing)
         self.stats.tokens_reused += sum(len(slots) for slots in found)
         logits, start = [], 0
-        while start < len(rows):
-            end = self._group_end(batch.rows, missing, start)
-            logits.append(self._prefill_group(batch, start, end, missing[start]))
+        for group in groups:
+            end = start + len(group)
+            logits.append(self._prefill_group(batch, start, end, max(missing[start:end])))
             start = end
         return batch, torch.cat(logits)
 
-    def _group_end(self, rows: list[Row], missing: list[int], start: int) -> int:
-        """How far one prefill pass goes: rows that miss fewer tokens are padded up to the first one's number."""
-        count, padding, needed = missing[start], 0, rows[start].needed
-        for end in range(start + 1, len(rows)):
-            size = end - start + 1
-            padding += count - missing[end]
-            needed = max(needed, rows[end].needed)
-            too_padded = padding > _PAD_SLACK + (size * count - padding) // 4
-            if too_padded or size * count > _MOST_PREFILL or size * needed * self._text.vocabulary > _MOST_LOGITS:
-                return end
-        return len(rows)
+    def _group(self, pairs: list[_Found]) -> list[list[_Found]]:
+        """Rows for one prefill pass each: those that miss about as many tokens, padded up to the most."""
+        groups: list[list[_Found]] = []
+        most = padding = needed = 0
+        for pair in sorted(pairs, key=lambda pair: len(pair[1]) - len(pair[0].ids)):
+            row, missing = pair[0], len(pair[0].ids) - len(pair[1])
+            size = len(groups[-1]) + 1 if groups else 1
+            padding += most - missing
+            needed = max(needed, row.needed)
+            too_padded = padding > _PAD_SLACK + (size * most - padding) // 4
+            too_large = size * most > _MOST_PREFILL or size * needed * self._text.vocabulary > _MOST_LOGITS
+            if not groups or too_padded or too_large:
+                groups.append([])
+                most, padding, needed = missing, 0, row.needed
+            groups[-1].append(pair)
+        return groups
 
     def _prefill_group(self, batch: _Batch, start: int, end: int, count: int) -> torch.Tensor:
         """Compute the last `count` tokens of some rows (known ones again where a row misses fewer)."""
         rows = batch.rows[start:end]
         ids = [[0] * (count - len(row.ids)) + row.ids[-count:] for row in rows]
         keep = max(row.needed for row in rows)
-        logits_BNV = self._forward(ids, slice(start, end), batch.firsts[start:end], batch.column - count, keep)
+        logits_BNV = self._forward(ids, start, batch.firsts[start:end], batch.column - count, keep)
         _read_scores(rows, logits_BNV)
         # A copy, so that the other positions' logits are freed.
         return logits_BNV[:, -1].clone()
@@ -187,8 +197,7 @@ class StepDecoder:
             kept = set(map(id, keep(batch.rows)))
             tokens_B = self._let_go(batch, [i for i, row in enumerate(batch.rows) if id(row) not in kept], tokens_B)
             if batch.rows:
-                rows = slice(0, len(batch.rows))
-                logits_BV = self._forward(tokens_B[:, None], rows, batch.firsts, batch.column, 1)[:, -1]
+                logits_BV = self._forward(tokens_B[:, None], 0, batch.firsts, batch.column, 1)[:, -1]
                 batch.column += 1
 
     def _choose(self, rows: list[Row], logits_BV: torch.Tensor) -> torch.Tensor:
@@ -248,7 +257,7 @@ class StepDecoder:
         self._known.store(sequences, which, firsts, self._kv)
 
     def _forward(
-        self, ids_BN: list[list[int]] | torch.Tensor, rows: slice, firsts: list[int], column: int, keep: int
+        self, ids_BN: list[list[int]] | torch.Tensor, start: int, firsts: list[int], column: int, keep: int
     ) -> torch.Tensor:
         """Logits (B, keep, V) of the last `keep` of some new tokens, which lie from `column` on."""
         tokens_BN = torch.as_tensor(ids_BN, device=self._device)
@@ -257,12 +266,15 @@ class StepDecoder:
         queries_N = columns_T[column:]
         firsts_B1 = torch.tensor(firsts, device=self._device)[:, None]
         masks = _make_masks(columns_T, queries_N, firsts_B1, self._masks)
-        self._kv.aim(rows, column)
+        self._kv.aim(slice(start, start + len(firsts)), column)
         self.stats.forward_passes += 1
+        positions_BN = (queries_N - firsts_B1).clamp_(min=0)
+        if self._lean is not None and isinstance(masks, torch.Tensor):
+            return self._lean.forward(tokens_BN, positions_BN, masks, self._kv, keep)
         output: Any = self._model(
             input_ids=tokens_BN,
             attention_mask=masks,
-            position_ids=(queries_N - firsts_B1).clamp_(min=0),
+            position_ids=positions_BN,
             past_key_values=self._kv,
             use_cache=True,
             logits_to_keep=keep,

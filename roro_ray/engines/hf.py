@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from roro_ray.engines.batching import Job, MicroBatcher
+from roro_ray.engines.batching import Job, MicroBatcher, Turn
 from roro_ray.engines.decoding import DecodeStats, Row, StepDecoder
 from roro_ray.engines.loading import LoadedModel, load_model, resolve_model_path
 from roro_ray.engines.memo import GreedyMemo, ScoreMemo
@@ -25,6 +25,7 @@ from roro_ray.errors import EngineError
 
 __all__ = ["EngineStats", "HfEngine", "resolve_model_path"]
 
+_TURNS: dict[str, Turn] = {}  # of the devices of this process
 _LEAST_TOKENS = 1 << 15  # rows x columns of a batch where cache_mb would allow fewer
 _TAIL_SHARE = 4  # a batch shrunk below 1/4 makes way for waiting requests
 
@@ -82,7 +83,7 @@ class HfEngine:
         self._loading = threading.Lock()
         self._facts: EngineFacts | None = None
         self._batcher: MicroBatcher[Request, Result] = MicroBatcher(
-            self._run, batch_size, max_wait_s, name=f"engine {name}"
+            self._run, batch_size, max_wait_s, f"engine {name}", _TURNS.setdefault(device, Turn())
         )
 
     @property

@@ -54,7 +54,8 @@ class BatchKV(Cache):
             size = rows * columns * heads * width
             if self._flat[index].numel() < size:
                 # Zeros, since a masked column still takes part as 0 x its value, and 0 x NaN is NaN.
-                self._flat[index] = torch.zeros(size, dtype=self.shape.dtype, device=self.shape.device)
+                # With room to spare, as the texts of a batch of episodes grow step by step.
+                self._flat[index] = torch.zeros(size * 3 // 2, dtype=self.shape.dtype, device=self.shape.device)
             self.parts.append(self._flat[index][:size].view(rows, columns, heads, width))
 
     def aim(self, rows: slice, column: int) -> None:
@@ -65,11 +66,17 @@ class BatchKV(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Called by the model: store the new states (B, H, N, D), give all up to them."""
-        end = self._column + key_states.shape[2]
-        keys = self.parts[2 * layer_idx][self._rows, :end]
-        values = self.parts[2 * layer_idx + 1][self._rows, :end]
-        keys[:, self._column :] = key_states.transpose(1, 2)
-        values[:, self._column :] = value_states.transpose(1, 2)
+        return self.write(key_states.transpose(1, 2), value_states.transpose(1, 2), layer_idx)
+
+    def write(
+        self, keys_BNHD: torch.Tensor, values_BNHD: torch.Tensor, layer: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the new states of a layer; gives all up to them as (B, H, T, D)."""
+        end = self._column + keys_BNHD.shape[1]
+        keys = self.parts[2 * layer][self._rows, :end]
+        values = self.parts[2 * layer + 1][self._rows, :end]
+        keys[:, self._column :] = keys_BNHD
+        values[:, self._column :] = values_BNHD
         return keys.transpose(1, 2), values.transpose(1, 2)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
