@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import threading
 import time
 import uuid
@@ -24,12 +25,13 @@ from actors.rollout import RolloutPool
 from actors.waiting import Bundle, wait_for_resources
 from roro_ray.config import Config
 from roro_ray.errors import CheckpointError, ConfigError, DataError, DeadlineError, RoroError, TrainingError
-from roro_ray.learning.router_run import RouterRun, load_finished, make_train_queries
+from roro_ray.learning.router_run import RouterRun, check_resumable, load_finished, make_train_queries
 from roro_ray.types import Query
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, dict[str, float]], None]
+_TRAIN_STORAGE = "ray_train"
 _POLL_S = 0.25
 _START_S = 120.0  # starting a worker group, importing torch and loading the router
 
@@ -92,6 +94,7 @@ def train_router(
     finished = load_finished(router_dir, config)
     if finished is not None:
         return TrainResult(router_dir, finished.metrics, finished.snapshots)
+    check_resumable(router_dir, config)
     bundles: list[Bundle] = [_rank_resources(config)] * config.router.workers
     wait_for_resources(bundles, f"router training {name!r}", config.ray.timeout_s, config.ray.autoscaler)
     drawn = tuple(queries if queries is not None else make_train_queries(config))
@@ -102,6 +105,7 @@ def train_router(
     finished = load_finished(router_dir, config)
     if finished is None:
         raise TrainingError(f"router training {name!r} ended without a finished router in {router_dir}: run it again.")
+    shutil.rmtree(router_dir / _TRAIN_STORAGE, ignore_errors=True)  # Ray Train's own notes, of no use any more
     return TrainResult(router_dir, finished.metrics, finished.snapshots, restarts)
 
 
@@ -185,7 +189,7 @@ class _Watch:
                 ),
                 run_config=RunConfig(
                     name=self._job.channel,  # never used before: resuming is our checkpoints' business
-                    storage_path=str(Path(self._job.router_dir) / "ray_train"),
+                    storage_path=str(Path(self._job.router_dir) / _TRAIN_STORAGE),
                     failure_config=FailureConfig(max_failures=config.router.max_failures),
                 ),
             ).fit()

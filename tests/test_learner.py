@@ -383,10 +383,9 @@ def test_two_train_workers_learn_as_one(pool: RolloutPool, tmp_path: Path) -> No
 @pytest.mark.timeout(240)
 def test_what_no_restart_cures_is_raised_as_itself(pool: RolloutPool, tmp_path: Path) -> None:
     config = make_scripted_config()
-    run_to(config, tmp_path / "router" / "other", 4)
-    config.router.head_lr = 0.5
-    with pytest.raises(CheckpointError, match="head_lr"):
-        train_router(config, "other", pool, None, tmp_path, queries=QUERIES)
+    config.pool.models.append(config.pool.models[1])  # a router for three models, workers with two
+    with pytest.raises(CheckpointError, match=r"head\.2\.bias is \[3\], expected \[2\]"):
+        train_router(config, "three", pool, None, tmp_path, queries=QUERIES)
 
 
 class BrokenReward:
@@ -408,6 +407,10 @@ def test_workers_that_keep_failing(pool: RolloutPool, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_refusals_before_anything_starts(pool: RolloutPool, tmp_path: Path) -> None:
     config = make_scripted_config()
+    run_to(config, tmp_path / "router" / "other", 4)
+    config.router.head_lr = 0.5
+    with pytest.raises(CheckpointError, match="head_lr"):
+        train_router(config, "other", pool, None, tmp_path, queries=QUERIES)
     config.router.workers = 50
     with pytest.raises(ResourceError, match="router training 'x' can never start"):
         train_router(config, "x", pool, None, tmp_path, queries=QUERIES)

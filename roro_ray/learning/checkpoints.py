@@ -112,8 +112,8 @@ def load_checkpoint(path: Path, trainer: RouterTrainer, settings: dict[str, Any]
         CheckpointError: incomplete, made with other settings, or of another shape than the trainer's network.
     """
     check_complete(path)
+    state = read_state(path)
     try:
-        state = json.loads((path / _STATE).read_text())
         weights = load_file(path / _WEIGHTS)
         past = {version: load_file(path / f"past_{version:06d}.safetensors") for version in state["past"]}
         training = torch.load(path / _TRAINING, weights_only=True)
@@ -127,6 +127,19 @@ def load_checkpoint(path: Path, trainer: RouterTrainer, settings: dict[str, Any]
     torch.set_rng_state(training["rng"]["torch"])
     version, words, gauss = training["rng"]["python"]
     random.setstate((version, tuple(words), gauss))
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: `iteration`, `version`, `past`, `settings`.
+
+    Raises:
+        CheckpointError: it says nothing.
+    """
+    try:
+        state: dict[str, Any] = json.loads((path / _STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {str(path)!r} is unreadable ({error!r}); train again.") from error
+    return state
 
 
 def check_settings(got: dict[str, Any], expected: dict[str, Any], path: Path) -> None:

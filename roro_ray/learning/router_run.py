@@ -20,7 +20,13 @@ import torch
 
 from roro_ray.config import Config
 from roro_ray.errors import CheckpointError
-from roro_ray.learning.checkpoints import check_settings, find_checkpoint, load_checkpoint, save_checkpoint
+from roro_ray.learning.checkpoints import (
+    check_settings,
+    find_checkpoint,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+)
 from roro_ray.learning.router_rewards import Score
 from roro_ray.learning.router_training import Publish, RouterTrainer, Run, Share
 from roro_ray.routing.draws import mix_seed
@@ -61,6 +67,13 @@ def load_finished(directory: Path, config: Config) -> Finished | None:
             f"{config.router.iterations}: raise it, or use another run directory."
         )
     return Finished(read_metrics(directory / METRICS), list_snapshots(directory))
+
+
+def check_resumable(directory: Path, config: Config) -> None:
+    """Raise CheckpointError where a training lies there that these settings cannot go on with."""
+    checkpoint = find_checkpoint(directory / _CHECKPOINTS)
+    if checkpoint is not None:
+        check_settings(read_state(checkpoint)["settings"], fix_settings(config), checkpoint)
 
 
 def fix_settings(config: Config) -> dict[str, Any]:
