@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
 from roro_ray.engines.kv import BatchKV, KVShape
 
 _TOLERANCE = 1e-3  # of logits, in float32
+_MOST_PARAMETERS = 100_000_000  # beyond, arithmetic dominates, and a second copy of the weights is dear
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,8 @@ def make_lean(model: PreTrainedModel, shape: KVShape, masks: dict[str, int | Non
         return None
     config: Any = model.config
     has_bias = any(name.endswith(".bias") for name, _ in model.named_parameters())
-    if has_bias or config.hidden_act != "silu" or shape.dtype != torch.float32:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if has_bias or config.hidden_act != "silu" or shape.dtype != torch.float32 or parameters > _MOST_PARAMETERS:
         return None
     lean = LeanModel(model)
     return lean if _agrees(lean, model, shape) else None
