@@ -26,7 +26,7 @@ from roro_ray.engines.text import StepText
 
 _MOST_PREFILL = 8192  # tokens in one prefill pass, to bound its activations
 _MOST_LOGITS = 1 << 26  # logits kept by one prefill pass
-_PAD_SLACK = 256  # tokens of padding that cost about as much as one more forward pass
+_PASS_FLOPS = 2e7  # arithmetic that takes about as long as starting one more forward pass
 
 
 @dataclass(slots=True)
@@ -98,6 +98,8 @@ class StepDecoder:
         self._lean = make_lean(model, shape, masks)
         self._known = PrefixKV(shape, capacity, text.vocabulary) if capacity else None
         self._most_tokens = most_tokens
+        # Padding that is cheaper than one more pass for the rows that need less.
+        self._slack = _PASS_FLOPS / (2 * sum(parameter.numel() for parameter in model.parameters()))
 
     @torch.inference_mode()
     def decode(
@@ -165,7 +167,7 @@ class StepDecoder:
             size = len(groups[-1]) + 1 if groups else 1
             padding += most - missing
             needed = max(needed, row.needed)
-            too_padded = padding > _PAD_SLACK + (size * most - padding) // 4
+            too_padded = padding > self._slack
             too_large = size * most > _MOST_PREFILL or size * needed * self._text.vocabulary > _MOST_LOGITS
             if not groups or too_padded or too_large:
                 groups.append([])
