@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -64,6 +65,7 @@ def run_job(
         defaults: overrides that the job itself sets beneath the user's, from the parsed arguments.
     """
     arguments = parser.parse_intermixed_args(argv)
+    arguments.command = shlex.join(parser.prog.split() + list(sys.argv[1:] if argv is None else argv))
     warnings.showwarning = _show_warning
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
@@ -110,7 +112,9 @@ def run_stage(run: RunDir, stage: str, title: str) -> Iterator[dict[str, object]
 
 def say(text: str) -> None:
     """A line for the person at the terminal; stdout is kept for results."""
-    print(text, file=sys.stderr, flush=True)
+    # One write, since stages that run side by side speak at once.
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 def _tell_failure(error: Exception, run: RunDir | None, command: str) -> int:

@@ -7,6 +7,8 @@ import time
 
 from tqdm import tqdm
 
+from jobs._cli import say
+
 _LINE_EVERY_S = 5.0
 
 
@@ -51,7 +53,7 @@ class Progress:
             self._label = label
             self.note("")
             if self._bar is None:
-                print(f"  {self.what}: {label} ({done}/{self.total})", file=sys.stderr, flush=True)
+                say(f"  {self.what}: {label} ({done}/{self.total})")
 
     def note(self, text: str) -> None:
         """Show a few words beside the bar."""
@@ -66,7 +68,7 @@ class Progress:
             self._bar.update(count)
         elif time.monotonic() - self._last_line >= _LINE_EVERY_S:
             self._last_line = time.monotonic()
-            print(self.line(), file=sys.stderr, flush=True)
+            say(self.line())
 
     def line(self) -> str:
         """`collect: 320/3200 episodes (10%), 210/s, 14 s left`."""

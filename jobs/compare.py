@@ -50,8 +50,7 @@ def _main(config: Config, run: RunDir, arguments: argparse.Namespace) -> None:
             say(f"== Seed {seed}")
             mine = replace(config, seed=seed, run_dir=str(run.path / f"seed{seed}"))
             summaries[seed], tuning[seed] = _run_seed(mine, open_run(mine), pool)
-            command = f"python -m jobs.compare --seeds {arguments.seeds}"
-            _write_page(Path(arguments.output), format_comparison(summaries, tuning, command))
+            _write_page(Path(arguments.output), format_comparison(summaries, tuning, arguments.command))
     say(f"Wrote {arguments.output} after {time.monotonic() - began:.0f} s.")
     print(Path(arguments.output).read_text())
 
