@@ -96,12 +96,13 @@ class RewardConfig:
     judge: str = "world:judge"
     rounds: int = 2  # alternations
     judge_updates: int = 10  # per round
-    rubricor_updates: int = 40  # per round
+    rubricor_updates: int = 80  # per round
     queries_per_update: int = 16
     rubrics_per_query: int = 8  # group size of the Rubricor phase
     verdicts_per_pair: int = 8  # group size of the Judge phase
-    learning_rate: float = 5e-4
-    entropy: float = 0.03  # entropy bonus
+    learning_rate: float = 1.5e-3  # of the Rubricor; Muon for matrices, AdamW for the rest
+    judge_lr: float = 5e-4
+    entropy: float = 0.02  # entropy bonus
     kind_weights: dict[str, float] = field(default_factory=lambda: {"outcome": 4.0, "cost": 1.0, "process": 1.0})
     score_scale: float = 0.1  # temperature of sigmoid(score difference / scale)
     min_criteria: int = 3
@@ -131,6 +132,7 @@ class RouterConfig:
     normalisation: str = "dr_grpo"  # dr_grpo | group | dapo
     head_lr: float = 2e-3
     encoder_lr: float = 5e-4
+    final_lr: float = 0.1  # linear decay of both to this share of them
     clip: float = 0.2  # PPO ratio clip
     grad_clip: float = 1.0
     entropy: float = 0.02  # entropy bonus

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from roro_ray.config import Config
+from roro_ray.config import Config, RouterConfig
 from roro_ray.learning.grpo import EmptyBatchWarning, LossInputs, make_denominator, make_loss
 from roro_ray.learning.router_plan import GroupPlan, make_plan
 from roro_ray.learning.router_rewards import (
@@ -165,6 +165,9 @@ class RouterTrainer:
         ]
         longest = self.config.episode.max_steps
         own = sum(make_denominator(batch.decision_mask_BD, settings.normalisation, longest) for batch, _ in parts)
+        if settings.normalisation != "dapo" and weighed.trajectories:
+            # Rows that were dropped count: late in training a handful is left, and must not move the weights as all did.
+            own *= weighed.sums["episodes"] / len(weighed.trajectories)
         denominator = float(self._share.add(torch.tensor([own], dtype=torch.float64)))
         if self.config.router.max_lag:
             self.past[self.iteration] = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
@@ -176,6 +179,7 @@ class RouterTrainer:
             )
             return {"empty": 1.0, "loss": 0.0, "grad_norm": 0.0, "entropy": math.nan, "log_prob_gap": 0.0}
         old_BD = [self._old_log_probs(batch, version) for batch, _ in parts]
+        decay_learning_rates(self.optimizer, self.iteration, settings)
         for _ in range(settings.epochs):
             metrics = self._descend(parts, old_BD, denominator)
         return metrics | {"empty": 0.0}
@@ -260,3 +264,11 @@ def make_optimizer(network: RouterNetwork, config: Config) -> torch.optim.Optimi
     if network.body is not None:
         groups.append({"params": list(network.body.parameters()), "lr": config.router.encoder_lr})
     return torch.optim.Adam(groups)
+
+
+def decay_learning_rates(optimizer: torch.optim.Optimizer, iteration: int, settings: RouterConfig) -> None:
+    """Linear decay from the configured rates to `final_lr` of them; a function of the iteration alone."""
+    done = iteration / max(settings.iterations - 1, 1)
+    factor = 1 - (1 - settings.final_lr) * min(done, 1.0)
+    for group, rate in zip(optimizer.param_groups, (settings.head_lr, settings.encoder_lr), strict=False):
+        group["lr"] = rate * factor
