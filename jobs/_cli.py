@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from tqdm import tqdm
+
 from jobs._wandb import WandbMirror
 from roro_ray.config import Config
 from roro_ray.data.run_dir import RunDir, open_run, saved_config
@@ -112,8 +114,8 @@ def run_stage(run: RunDir, stage: str, title: str) -> Iterator[dict[str, object]
 
 def say(text: str) -> None:
     """A line for the person at the terminal; stdout is kept for results."""
-    # One write, since stages that run side by side speak at once.
-    sys.stderr.write(f"{text}\n")
+    # Above any bar, and whole: stages that run side by side speak at once.
+    tqdm.write(text, file=sys.stderr)
     sys.stderr.flush()
 
 
