@@ -39,7 +39,7 @@ class Completion:
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
     """Rows to learn from: ids and masks [B, T], old log-probabilities [B, T] (0 outside the action mask),
-    one advantage and one group id a row."""
+    one advantage (or, [B, T], one a token) and one group id a row."""
 
     ids_BT: Tensor
     attention_mask_BT: Tensor
@@ -60,12 +60,13 @@ class TokenBatch:
         """The given rows (indices or a bool mask), cut to the longest of them."""
         mask_BT = self.attention_mask_BT[rows]
         width = int(mask_BT.sum(dim=1).max()) if len(mask_BT) else 0
+        advantages = self.advantages_B[rows]
         return TokenBatch(
             self.ids_BT[rows, :width],
             mask_BT[:, :width],
             self.action_mask_BT[rows, :width],
             self.old_log_probs_BT[rows, :width],
-            self.advantages_B[rows],
+            advantages if advantages.ndim == 1 else advantages[:, :width],
             self.group_ids_B[rows],
         )
 

@@ -28,20 +28,21 @@ def make_fixed_rubric(query: Query) -> Rubric:
     return Rubric(query.id, FIXED_CRITERIA, format_rubric(FIXED_CRITERIA))
 
 
-def make_random_rubric(query: Query, seed: int = 0, min_criteria: int = 3, max_criteria: int = 7) -> Rubric:
+def make_random_rubric(query: Query, seed: int = 0, max_criteria: int = 7) -> Rubric:
     """A well-formed rubric with random steps, writers and weights; the same for the same query and seed."""
     rng = random.Random(f"{seed}/{query.id}")
-    return make_rubric_of(query, draw_random_criteria(query, rng, min_criteria, max_criteria))
+    return make_rubric_of(query, draw_random_criteria(query, rng, max_criteria))
 
 
-def draw_random_criteria(
-    query: Query, rng: random.Random, min_criteria: int = 3, max_criteria: int = 7
-) -> list[Criterion]:
-    """An overall criterion and random step criteria, in order of the steps."""
+def count_criteria(query: Query, max_criteria: int = 7) -> int:
+    """How many criteria a complete rubric has: the overall one and one a step, as many as are allowed."""
+    return min(len(find_steps(query)) + 1, max_criteria)
+
+
+def draw_random_criteria(query: Query, rng: random.Random, max_criteria: int = 7) -> list[Criterion]:
+    """An overall criterion and one for each step, or for random ones where there are too many; in order."""
     steps = find_steps(query)
-    most = min(len(steps), max_criteria - 1)
-    count = rng.randint(min(min_criteria - 1, most), most)
-    chosen = sorted(rng.sample(range(len(steps)), count))
+    chosen = sorted(rng.sample(range(len(steps)), count_criteria(query, max_criteria) - 1))
     overall = make_overall_criterion(rng.choice(MODELS), rng.choice(WEIGHTS))
     return [
         overall,

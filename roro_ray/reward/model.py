@@ -49,7 +49,7 @@ class RewardModel:
     def write_rubrics(self, queries: Sequence[Query], seed: int = 0) -> list[Rubric]:
         """One rubric a query; without criteria where none could be written (then verdicts are error values)."""
         if self.config.rubric_source == "random":
-            return [make_random_rubric(q, seed, self.config.min_criteria, self.config.max_criteria) for q in queries]
+            return [make_random_rubric(q, seed, self.config.max_criteria) for q in queries]
         if self.config.rubric_source == "fixed":
             return [make_fixed_rubric(query) for query in queries]
         return self.rubricor.write(queries, seed)

@@ -17,27 +17,17 @@ import torch
 
 from roro_ray.config import RewardConfig
 from roro_ray.learning.grpo import LossInputs, make_advantages, make_loss
-from roro_ray.learning.sequences import Completion, make_token_batch
+from roro_ray.learning.sequences import Completion
 from roro_ray.learning.updates import UpdateSettings, update_model
+from roro_ray.reward.credit import RubricValue, balance_pairs, make_credit_batch, value_rubrics
 from roro_ray.reward.judge import Judge, make_judge_batch, make_question, serialise
-from roro_ray.reward.preference import QueryPairs, rubric_reward
+from roro_ray.reward.preference import QueryPairs, draw_items
 from roro_ray.reward.rubric import ReadRubric
 from roro_ray.reward.rubricor import MAX_RUBRIC_TOKENS, Rubricor
 from roro_ray.types import Rubric
 from roro_ray.world.train import make_optimizers
 
 OnUpdate = Callable[[dict[str, float | str]], None]
-FORMAT_FINE = 0.5  # below every reward of a rubric that parses
-UNFAITHFUL_FINE = 0.1  # for each criterion dropped
-OUTCOME_TIMES = 3  # how much more often a query is drawn whose rollouts differ in outcome
-
-
-def draw_items(items: Sequence[QueryPairs], count: int, rng: random.Random) -> list[QueryPairs]:
-    """Different items, those with outcome pairs more often."""
-    weights = [OUTCOME_TIMES if item.has_outcome else 1 for item in items]
-    # Weighted sampling without replacement: the largest of u^(1/w) (Efraimidis and Spirakis, 2006).
-    order = sorted(range(len(items)), key=lambda i: -(rng.random() ** (1 / weights[i])))
-    return [items[i] for i in order[:count]]
 
 
 def run_rubricor_phase(
@@ -47,19 +37,19 @@ def run_rubricor_phase(
     rng = random.Random(f"rubricor/{seed}")
     optimizers = make_optimizers(rubricor.model.named_parameters(), config.learning_rate)
     settings = UpdateSettings(MAX_RUBRIC_TOKENS, entropy_weight=config.entropy)
+    weights = balance_pairs(judge, items, config, seed)
     for update in range(config.rubricor_updates):
         drawn = draw_items(items, config.queries_per_update, rng)
         n = config.rubrics_per_query
         completions = rubricor.sample([item.query for item in drawn], n, seed * 100_003 + update)
         owners = [item for item in drawn for _ in range(n)]
         reads = [_read(rubricor, c, item) for c, item in zip(completions, owners, strict=True)]
-        rewards = torch.tensor(reward_rubrics(judge, owners, reads, config))
+        values = value_rubrics(judge, owners, reads, weights, config)
         groups = torch.arange(len(drawn)).repeat_interleave(n)
-        advantages, kept = make_advantages(rewards, groups)
-        batch = make_token_batch(completions, advantages, groups, rubricor.tokenizer.pad_token_id or 0)
-        metrics = update_model(rubricor.model, optimizers, batch.select(kept), settings)
+        batch = make_credit_batch(rubricor, completions, values, groups)
+        metrics = update_model(rubricor.model, optimizers, batch, settings)
         rubricor.version += 1
-        on_update({"phase": "rubricor", "update": update, **_describe(reads, rewards), **metrics})
+        on_update({"phase": "rubricor", "update": update, **_describe(reads, values), **metrics})
 
 
 def _read(rubricor: Rubricor, completion: Completion, item: QueryPairs) -> ReadRubric:
@@ -70,30 +60,12 @@ def _read(rubricor: Rubricor, completion: Completion, item: QueryPairs) -> ReadR
     return rubricor.read(completion.text, item.query)
 
 
-def reward_rubrics(
-    judge: Judge, items: Sequence[QueryPairs], reads: Sequence[ReadRubric], config: RewardConfig
-) -> list[float]:
-    """The reward of each rubric: how well it orders its query's pairs, less the fines."""
-    good = [index for index, read in enumerate(reads) if read.rubric is not None]
-    verdicts = judge.score(
-        [items[i].query for i in good],
-        [items[i].trajectories for i in good],
-        [reads[i].rubric for i in good],  # type: ignore[misc]
-    )
-    rewards = [-FORMAT_FINE] * len(reads)
-    for index, own in zip(good, verdicts, strict=True):
-        scores = [verdict.score for verdict in own]
-        value = rubric_reward(items[index], scores, config.kind_weights, config.score_scale)
-        rewards[index] = value - UNFAITHFUL_FINE * len(reads[index].dropped)
-    return rewards
-
-
-def _describe(reads: Sequence[ReadRubric], rewards: torch.Tensor) -> dict[str, float]:
+def _describe(reads: Sequence[ReadRubric], values: Sequence[RubricValue]) -> dict[str, float]:
     rubrics = [read.rubric for read in reads if read.rubric is not None]
     criteria = [criterion for rubric in rubrics for criterion in rubric.criteria]
     named = [criterion for criterion in criteria if criterion.label is not None]
     return {
-        "reward": float(rewards.mean()),
+        "reward": sum(value.reward for value in values) / len(values),
         "format_errors": 1 - len(rubrics) / len(reads),
         "dropped": sum(len(read.dropped) for read in reads) / len(reads),
         "criteria": len(criteria) / max(len(rubrics), 1),
@@ -120,7 +92,7 @@ def run_judge_phase(
     reads = [_read(rubricor, c, item).rubric for c, item in zip(completions, items, strict=True)]
     usable = {item.query.id: rubric for item, rubric in zip(items, reads, strict=True) if rubric is not None}
     judged = [item for item in items if item.query.id in usable]
-    optimizers = make_optimizers(judge.model.named_parameters(), config.learning_rate)
+    optimizers = make_optimizers(judge.model.named_parameters(), config.judge_lr)
     for update in range(config.judge_updates if judged else 0):
         drawn = draw_items(judged, config.queries_per_update, rng)
         metrics = _update_judge(judge, drawn, usable, config, optimizers, rng, generator)

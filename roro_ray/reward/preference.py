@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import math
+import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from roro_ray.errors import ConfigError, did_you_mean
 from roro_ray.types import PairKind, PreferencePair, Query, Trajectory, Verdict
+
+OUTCOME_TIMES = 3
+KIND_SHARES = {PairKind.OUTCOME: 2, PairKind.COST: 1, PairKind.PROCESS: 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +29,11 @@ class QueryPairs:
     def has_outcome(self) -> bool:
         """True where some rollouts of the query are right and some wrong: which step is escalated matters."""
         return any(kind == PairKind.OUTCOME for kind, _, _ in self.pairs)
+
+    @property
+    def draw_weight(self) -> int:
+        """How often the query is drawn, relative to others."""
+        return OUTCOME_TIMES if self.has_outcome else 1
 
 
 def group_pairs(
@@ -51,6 +62,13 @@ def group_pairs(
     return result
 
 
+def draw_items(items: Sequence[QueryPairs], count: int, rng: random.Random) -> list[QueryPairs]:
+    """Different items, those with outcome pairs more often."""
+    # Weighted sampling without replacement: the largest of u^(1/w) (Efraimidis and Spirakis, 2006).
+    keys = {id(item): rng.random() ** (1 / item.draw_weight) for item in items}
+    return sorted(items, key=lambda item: -keys[id(item)])[:count]
+
+
 def check_kind_weights(weights: Mapping[str, float]) -> None:
     """Raise ConfigError for a kind that does not exist or weights that add up to nothing."""
     kinds = [kind.value for kind in PairKind]
@@ -63,42 +81,55 @@ def check_kind_weights(weights: Mapping[str, float]) -> None:
         raise ConfigError(f"reward.kind_weights are {dict(weights)}: expected no negative one and a sum above 0")
 
 
-def rubric_reward(item: QueryPairs, scores: Sequence[float], kind_weights: Mapping[str, float], scale: float) -> float:
-    """How well scores order all pairs of a query, in [0, 1].
+def weigh_pairs(item: QueryPairs, kind_weights: Mapping[str, float]) -> torch.Tensor:
+    """The weight of each pair of a query in a rubric's reward, shape (P,); their sum is at most 1.
 
-    For each kind the mean of sigmoid(score difference / scale), weighted by kind. The denominator holds the
-    weights of all kinds, present or not: a query with cost pairs only must not shout as loud as one whose
-    outcome depends on the routing, or the Rubricor learns `everything small`. Smooth and over all pairs,
-    since the sign of a few sampled ones is too noisy to find which step matters.
+    A kind's weight is shared by its pairs in the query and divided by the weights of all kinds, present or
+    not: a query with cost pairs only must not shout as loud as one whose outcome depends on the routing.
     """
-    sums: dict[PairKind, list[float]] = {}
-    for kind, better, worse in item.pairs:
-        sums.setdefault(kind, []).append(_sigmoid((scores[better] - scores[worse]) / scale))
-    total = sum(kind_weights.get(kind, 0.0) * sum(values) / len(values) for kind, values in sums.items())
-    return total / sum(kind_weights.values())
+    counts = Counter(kind for kind, _, _ in item.pairs)
+    total = sum(kind_weights.values())
+    return torch.tensor([kind_weights.get(kind, 0.0) / counts[kind] / total for kind, _, _ in item.pairs])
 
 
-def _sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else 1 - 1 / (1 + math.exp(x))
+def find_dearer(item: QueryPairs) -> torch.Tensor:
+    """For each pair of a query, shape (P,): 1 where the preferred trajectory is the dearer one, -1 the cheaper, else 0."""
+    shares = [trajectory.large_share for trajectory in item.trajectories]
+    return torch.tensor([shares[better] - shares[worse] for _, better, worse in item.pairs]).sign()
+
+
+def reward_scores(item: QueryPairs, weights_P: torch.Tensor, scores_RN: torch.Tensor, scale: float) -> torch.Tensor:
+    """How well each row of scores (R rubrics x N trajectories) orders all pairs of a query: (R,), in [0, 1].
+
+    The weighted sum of sigmoid(score difference / scale): smooth and over all pairs, since the sign of a few
+    sampled ones is too noisy to find which step matters.
+    """
+    better = torch.tensor([pair[1] for pair in item.pairs])
+    worse = torch.tensor([pair[2] for pair in item.pairs])
+    return torch.sigmoid((scores_RN[:, better] - scores_RN[:, worse]) / scale) @ weights_P
 
 
 @dataclass(frozen=True, slots=True)
 class PairAccuracy:
     """Share of pairs whose preferred trajectory scores higher (a tie counts one half), by kind, and the counts.
 
-    `mean` is the unweighted mean over the kinds that occur, so that the most frequent kind does not hide the
-    others. `errors` counts pairs that could not be scored; they are in no share.
+    `mean` is over the kinds that occur, with the outcome counted twice (`KIND_SHARES`). `balanced` is the mean
+    of the accuracy where the preferred trajectory is the dearer one and where it is the cheaper one: 0.5 for
+    whoever only knows how many steps are large, so that it shows how well the steps are told apart. `errors`
+    counts pairs that could not be scored; they are in no share.
     """
 
     by_kind: dict[str, float]
     counts: dict[str, int]
     mean: float
+    balanced: float
     errors: int
 
 
 def measure_accuracy(items: Sequence[QueryPairs], verdicts: Sequence[Sequence[Verdict]]) -> PairAccuracy:
     """Pair accuracy of the verdicts (one per trajectory of each item)."""
     hits: dict[str, list[float]] = {kind.value: [] for kind in PairKind}
+    sides: dict[bool, list[float]] = {True: [], False: []}
     errors = 0
     for item, own in zip(items, verdicts, strict=True):
         for kind, better, worse in item.pairs:
@@ -107,7 +138,19 @@ def measure_accuracy(items: Sequence[QueryPairs], verdicts: Sequence[Sequence[Ve
                 continue
             difference = own[better].score - own[worse].score
             # Verdicts are float32 sums: equal ones may differ in the last digits.
-            hits[kind.value].append(0.5 if abs(difference) < 1e-6 else float(difference > 0))
-    by_kind = {kind: sum(values) / len(values) for kind, values in hits.items() if values}
-    mean = sum(by_kind.values()) / len(by_kind) if by_kind else float("nan")
-    return PairAccuracy(by_kind, {kind: len(values) for kind, values in hits.items()}, mean, errors)
+            hit = 0.5 if abs(difference) < 1e-6 else float(difference > 0)
+            hits[kind.value].append(hit)
+            dearer = item.trajectories[better].large_share - item.trajectories[worse].large_share
+            if dearer:
+                sides[dearer > 0].append(hit)
+    by_kind = {kind: _mean(values) for kind, values in hits.items() if values}
+    shares = {kind: KIND_SHARES[PairKind(kind)] for kind in by_kind}
+    mean = sum(shares[kind] * value for kind, value in by_kind.items()) / max(sum(shares.values()), 1)
+    counts = {kind: len(values) for kind, values in hits.items()}
+    return PairAccuracy(
+        by_kind, counts, mean if by_kind else float("nan"), (_mean(sides[True]) + _mean(sides[False])) / 2, errors
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")

@@ -22,8 +22,9 @@ OVERALL = "overall: "
 WRITTEN_BY = " written by the {} model"
 MODELS = ("small", "large")
 WEIGHTS = (1.0, 2.0, 3.0, 4.0, 5.0)
+_OVERALL_TEXTS = tuple(f"{OVERALL}mostly{WRITTEN_BY.format(model)}" for model in MODELS)
 _MAX_CHARACTERS = 8000
-_LINE = re.compile(r"(?P<text>\S[^\n]*?) \((?P<weight>\d{1,3})\)")
+_LINE = re.compile(r"(?P<text>\S[^\n]*?) \((?P<weight>[0-9]{1,3})\)")
 _LABEL = re.compile(r"(?P<label>[A-Z][0-9]{0,2}): (?=\S)")
 _MODEL = re.compile(r"(?P<quote>.*) written by the (?P<model>small|large) model", re.DOTALL)
 _EXPECTED = "expected lines such as 'B: times 04 written by the large model (5)'"
@@ -139,12 +140,13 @@ class ReadRubric:
     rubric: Rubric | None
     dropped: tuple[Criterion, ...] = ()
     error: str | None = None
+    written: tuple[Criterion, ...] = ()  # all that parsed, in order, kept or dropped
 
 
 def is_faithful(criterion: Criterion, query: Query) -> bool:
-    """True where the criterion is about the whole trajectory, or quotes a labelled step of the query literally."""
+    """True for the overall criterion in its one form, and where a labelled step of the query is quoted literally."""
     if criterion.label is None:
-        return criterion.text.startswith(OVERALL)
+        return criterion.text in _OVERALL_TEXTS
     match = _MODEL.fullmatch(criterion.text)
     if match is None:
         return False
@@ -177,4 +179,4 @@ def read_rubric(text: str, query: Query, version: int = -1, min_criteria: int = 
             f"rubric of query {query.id!r} has no criterion that quotes its query: got {text[:200]!r}; sample it again"
         )
         return ReadRubric(None, tuple(dropped), error)
-    return ReadRubric(replace(rubric, criteria=tuple(kept)), tuple(dropped))
+    return ReadRubric(replace(rubric, criteria=tuple(kept)), tuple(dropped), written=rubric.criteria)

@@ -39,6 +39,7 @@ class Rubricor:
         self.min_criteria = min_criteria
         self.max_criteria = max_criteria
         self._special = tuple(tokenizer.all_special_tokens)
+        self._texts: dict[int, str] = {}
 
     def sample(self, queries: Sequence[Query], n: int, seed: int, temperature: float = 1.0) -> list[Completion]:
         """`n` completions for each query, those of one query together."""
@@ -46,6 +47,21 @@ class Rubricor:
         return sample_completions(
             self.model, self.tokenizer, prompts, n, MAX_RUBRIC_TOKENS, temperature=temperature, seed=seed
         )
+
+    def find_places(self, ids: Sequence[int]) -> list[tuple[int, int]]:
+        """For each token of a completion its line, and its part of it: 0 up to the writer, 1 from the weight on.
+
+        A line's end belongs to the next line. The weight follows the last token with an opening bracket.
+        """
+        places, line, part = [], 0, 0
+        for token in ids:
+            if token not in self._texts:
+                self._texts[token] = str(self.tokenizer.decode([token]))
+            breaks = self._texts[token].count("\n")
+            line, part = line + breaks, 0 if breaks else part
+            places.append((line, part))
+            part = 1 if "(" in self._texts[token] else part
+        return places
 
     def read(self, text: str, query: Query) -> ReadRubric:
         """The faithful rubric in a completion's text, or why there is none."""

@@ -56,9 +56,9 @@ class WarmStartSpec:
     rubricor_updates: int = 1000
     judge_updates: int = 700
     batch: int = 16
-    random_share: float = 0.5  # random rubrics among the Rubricor's examples
-    flip: float = 0.3
-    drop: float = 0.3
+    random_share: float = 0.3  # random rubrics among the Rubricor's examples
+    flip: float = 0.15
+    drop: float = 0.05
     label_noise: float = 0.05
     rubricor_lr: float = 4e-3
     judge_lr: float = 3e-3
@@ -75,21 +75,19 @@ def make_contrastive_criteria(
     differing, same = [], []
     for label, quote in find_steps(item.query):
         first, second = find_step(preferred, label), find_step(rejected, label)
-        if first is None:
+        if first is None or rng.random() < spec.drop:
             continue
         model = MODELS[preferred.steps[first].model > 0]
-        if rng.random() < spec.flip:
-            model = MODELS[model == "small"]
-        criterion = make_step_criterion(label, quote, model, rng.choice(WEIGHTS))
         parts = second is None or preferred.steps[first].model != rejected.steps[second].model
-        (differing if parts else same).append(criterion)
+        # Where the two agree there is nothing to read off: the step is named, with a writer at random.
+        if not parts:
+            model = rng.choice(MODELS)
+        elif rng.random() < spec.flip:
+            model = MODELS[model == "small"]
+        (differing if parts else same).append(make_step_criterion(label, quote, model, rng.choice(WEIGHTS)))
     rng.shuffle(differing)
     rng.shuffle(same)
-    kept = [criterion for criterion in differing if rng.random() >= spec.drop]
-    # Where the two part in too few steps, steps in which they agree fill up: the format wants three criteria.
-    count = max(len(kept), rng.randint(2, most - 1))
-    chosen = (kept + same + differing)[: min(count, most - 1)]
-    chosen = sorted(dict.fromkeys(chosen), key=lambda criterion: criterion.label or "")
+    chosen = sorted((differing + same)[: most - 1], key=lambda criterion: criterion.label or "")
     overall = "small" if preferred.large_share <= rejected.large_share else "large"
     if rng.random() < spec.flip:
         overall = MODELS[overall == "small"]
@@ -256,13 +254,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the numbers of updates")
-    parser.add_argument("--queries", type=int, default=WarmStartSpec.queries, help="per suite")
+    parser.add_argument("--queries", type=int, default=WarmStartSpec().queries, help="per suite")
     parser.add_argument("--out", type=Path, default=WEIGHTS_DIR, help="where rubricor/ and judge/ go")
     arguments = parser.parse_args(argv)
     spec = WarmStartSpec(
         queries=arguments.queries,
-        rubricor_updates=max(1, int(WarmStartSpec.rubricor_updates * arguments.scale)),
-        judge_updates=max(1, int(WarmStartSpec.judge_updates * arguments.scale)),
+        rubricor_updates=max(1, int(WarmStartSpec().rubricor_updates * arguments.scale)),
+        judge_updates=max(1, int(WarmStartSpec().judge_updates * arguments.scale)),
     )
 
     def report(update: int, loss: float) -> None:
