@@ -117,7 +117,7 @@ def find_writers(specs: list[EpisodeSpec]) -> list[tuple[int, ...]]:
 def main() -> None:
     """Measure, print a table and one line of JSON."""
     parser = argparse.ArgumentParser(description="Trajectories per second: 64 concurrent episodes, one at a time.")
-    parser.add_argument("--episodes", type=int, default=96, help="per round")
+    parser.add_argument("--episodes", type=int, default=160, help="per round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--strategies", nargs="+", default=["fixed:0", "random:0.3", "fixed:1"])
     options = parser.parse_args()

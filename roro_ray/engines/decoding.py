@@ -10,54 +10,23 @@ Axes: B rows, N new tokens, T columns (a row's tokens end at one common column),
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from roro_ray.engines.kv import BatchKV, KVShape, PrefixKV
+from roro_ray.engines.kv import BatchKV, KVShape, PrefixKV, make_masks
 from roro_ray.engines.lean import make_lean
+from roro_ray.engines.rows import Batch, Row, read_scores
 from roro_ray.engines.sampling import draw_tokens
 from roro_ray.engines.text import StepText
 
 _MOST_PREFILL = 8192  # tokens in one prefill pass, to bound its activations
 _MOST_LOGITS = 1 << 26  # logits kept by one prefill pass
 _PASS_FLOPS = 2e7  # arithmetic that takes about as long as starting one more forward pass
-
-
-@dataclass(slots=True)
-class Row:
-    """A sequence being decoded or scored.
-
-    `ids` are the prefix and the step so far; `start` is the length of the prefix. `log_probs` holds those of the
-    step's tokens that are known: kept ids have none at first. `alternatives` are tokens that could come next, to be
-    given their log-probabilities (scoring).
-    """
-
-    ids: list[int]
-    start: int
-    max_tokens: int
-    temperature: float = 0.0
-    key: int = 0
-    log_probs: list[float] = field(default_factory=list)
-    alternatives: dict[int, float] = field(default_factory=dict)
-    first_entropy: float = math.nan
-    finish: str | None = None
-    text: str = ""
-
-    @property
-    def needed(self) -> int:
-        """How many of the last positions' logits are needed."""
-        return len(self.ids) - self.start - len(self.log_probs) + 1
-
-    @property
-    def room(self) -> int:
-        """Tokens that may still be decoded."""
-        return self.max_tokens - (len(self.ids) - self.start)
 
 
 _Found = tuple[Row, list[int]]  # a row, and the slots of its known beginning
@@ -136,12 +105,12 @@ class StepDecoder:
             chunks[-1].append(row)
         return chunks
 
-    def _prefill(self, rows: list[Row]) -> tuple[_Batch, torch.Tensor]:
+    def _prefill(self, rows: list[Row]) -> tuple[Batch, torch.Tensor]:
         """Place rows and compute what their prefixes miss; gives the batch and its next tokens' logits (B, V)."""
         found = [self._known.match(row.ids, len(row.ids) - row.needed) if self._known else [] for row in rows]
         groups = self._group(list(zip(rows, found, strict=True)))
         pairs = [pair for group in groups for pair in group]
-        batch = _Batch([row for row, _ in pairs])
+        batch = Batch([row for row, _ in pairs])
         missing = [len(row.ids) - len(slots) for row, slots in pairs]
         self._kv.resize(len(rows), batch.column + max(max(row.room, 0) for row in rows))
         if self._known is not None:
@@ -175,19 +144,19 @@ class StepDecoder:
             groups[-1].append(pair)
         return groups
 
-    def _prefill_group(self, batch: _Batch, start: int, end: int, count: int) -> torch.Tensor:
+    def _prefill_group(self, batch: Batch, start: int, end: int, count: int) -> torch.Tensor:
         """Compute the last `count` tokens of some rows (known ones again where a row misses fewer)."""
         rows = batch.rows[start:end]
         ids = [[0] * (count - len(row.ids)) + row.ids[-count:] for row in rows]
         keep = max(row.needed for row in rows)
         logits_BNV = self._forward(ids, start, batch.firsts[start:end], batch.column - count, keep)
-        _read_scores(rows, logits_BNV)
+        read_scores(rows, logits_BNV)
         # A copy, so that the other positions' logits are freed.
         return logits_BNV[:, -1].clone()
 
     def _decode_batch(
         self,
-        batch: _Batch,
+        batch: Batch,
         logits_BV: torch.Tensor,
         on_finish: Callable[[list[Row]], None],
         keep: Callable[[list[Row]], list[Row]],
@@ -213,7 +182,7 @@ class StepDecoder:
         self.stats.tokens_decoded += len(rows)
         return tokens_B
 
-    def _ended(self, batch: _Batch) -> list[int]:
+    def _ended(self, batch: Batch) -> list[int]:
         """Which rows' steps are over; sets their finish and text."""
         ended = []
         for i, row in enumerate(batch.rows):
@@ -227,7 +196,7 @@ class StepDecoder:
 
     def _let_go(
         self,
-        batch: _Batch,
+        batch: Batch,
         ended: list[int],
         values_B: torch.Tensor,
         on_finish: Callable[[list[Row]], None] = lambda rows: None,
@@ -250,7 +219,7 @@ class StepDecoder:
         batch.firsts = [batch.firsts[i] for i in order]
         return values_B[torch.tensor(order, dtype=torch.long, device=values_B.device)]
 
-    def _store(self, batch: _Batch, which: Sequence[int]) -> None:
+    def _store(self, batch: Batch, which: Sequence[int]) -> None:
         """Keep the states of some rows, as far as they are computed."""
         if self._known is None or not which:
             return
@@ -267,7 +236,7 @@ class StepDecoder:
         columns_T = torch.arange(end, device=self._device)
         queries_N = columns_T[column:]
         firsts_B1 = torch.tensor(firsts, device=self._device)[:, None]
-        masks = _make_masks(columns_T, queries_N, firsts_B1, self._masks)
+        masks = make_masks(columns_T, queries_N, firsts_B1, self._masks)
         self._kv.aim(slice(start, start + len(firsts)), column)
         self.stats.forward_passes += 1
         positions_BN = (queries_N - firsts_B1).clamp_(min=0)
@@ -282,52 +251,3 @@ class StepDecoder:
             logits_to_keep=keep,
         )
         return cast(torch.Tensor, output.logits)
-
-
-class _Batch:
-    """Rows in the buffer's order, the column at which each begins, and the first column not yet computed."""
-
-    def __init__(self, rows: list[Row]):
-        self.rows = rows
-        self.column = max(len(row.ids) for row in rows)
-        self.firsts = [self.column - len(row.ids) for row in rows]
-
-
-def _make_masks(
-    columns_T: torch.Tensor, queries_N: torch.Tensor, firsts_B1: torch.Tensor, windows: dict[str, int | None]
-) -> torch.Tensor | dict[str, torch.Tensor]:
-    """What each new token sees, (B, 1, N, T): its own row's columns up to itself, within the layer's window."""
-    real_B11T = (columns_T >= firsts_B1)[:, None, None]
-    queries_N1 = queries_N[:, None]
-    # Padding sees itself: a softmax over nothing is NaN, and NaN would spread through the buffer.
-    seen = real_B11T & (columns_T <= queries_N1) | (columns_T == queries_N1)
-    masks = {
-        kind: seen if window is None else seen & (columns_T > queries_N1 - window) for kind, window in windows.items()
-    }
-    # Models with one kind of layer take the mask itself, those that mix kinds a mask for each.
-    return masks if len(masks) > 1 else next(iter(masks.values()))
-
-
-def _read_scores(rows: list[Row], logits_BNV: torch.Tensor) -> None:
-    """Fill first entropies and the log-probabilities of given tokens from the logits of the last positions."""
-    keep = logits_BNV.shape[1]
-    fresh = [i for i, row in enumerate(rows) if not row.log_probs]
-    if not fresh:
-        return
-    log_probs_BNV = torch.log_softmax(logits_BNV.float(), -1)
-    first_FV = log_probs_BNV[fresh, [keep - rows[i].needed for i in fresh]]
-    entropies = torch.special.entr(first_FV.exp()).sum(-1).tolist()
-    at: list[tuple[int, int, int]] = []
-    for i, entropy in zip(fresh, entropies, strict=True):
-        row = rows[i]
-        row.first_entropy = entropy
-        at.extend((i, keep - row.needed + j, token) for j, token in enumerate(row.ids[row.start :]))
-        at.extend((i, keep - 1, token) for token in row.alternatives)
-    if not at:
-        return
-    which, positions, tokens = (list(part) for part in zip(*at, strict=True))
-    for (i, position, token), log_prob in zip(at, log_probs_BNV[which, positions, tokens].tolist(), strict=True):
-        if position == keep - 1:
-            rows[i].alternatives[token] = log_prob
-        else:
-            rows[i].log_probs.append(log_prob)

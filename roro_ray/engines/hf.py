@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from roro_ray.engines.batching import Job, MicroBatcher, Turn
-from roro_ray.engines.decoding import DecodeStats, Row, StepDecoder
+from roro_ray.engines.decoding import DecodeStats, StepDecoder
 from roro_ray.engines.loading import LoadedModel, load_model, resolve_model_path
 from roro_ray.engines.memo import GreedyMemo, ScoreMemo
 from roro_ray.engines.protocol import ChoiceScores, EngineFacts, StepRequest, StepResult
+from roro_ray.engines.rows import Row
 from roro_ray.engines.sampling import make_stream_key
 from roro_ray.engines.text import StepText
 from roro_ray.errors import EngineError

@@ -5,7 +5,7 @@ column, so that a forward pass over any slice of rows and columns costs no copy.
 earlier prefixes token by token: the next step of an episode then computes only what was written since. Keys hold
 their rotation, so a state depends on its token's own position and text before it, never on its column.
 
-Axes: B rows, T columns, H key/value heads, D head width, S slots of the prefix store.
+Axes: B rows, N new tokens, T columns, H key/value heads, D head width, S slots of the prefix store.
 """
 
 from __future__ import annotations
@@ -199,3 +199,18 @@ class PrefixKV:
         for key in self._keys[freed].tolist():
             del self._slots[key]
         self._unused.extend(freed.tolist())
+
+
+def make_masks(
+    columns_T: torch.Tensor, queries_N: torch.Tensor, firsts_B1: torch.Tensor, windows: dict[str, int | None]
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """What each new token sees, (B, 1, N, T): its own row's columns up to itself, within the layer's window."""
+    real_B11T = (columns_T >= firsts_B1)[:, None, None]
+    queries_N1 = queries_N[:, None]
+    # Padding sees itself: a softmax over nothing is NaN, and NaN would spread through the buffer.
+    seen = real_B11T & (columns_T <= queries_N1) | (columns_T == queries_N1)
+    masks = {
+        kind: seen if window is None else seen & (columns_T > queries_N1 - window) for kind, window in windows.items()
+    }
+    # Models with one kind of layer take the mask itself, those that mix kinds a mask for each.
+    return masks if len(masks) > 1 else next(iter(masks.values()))
