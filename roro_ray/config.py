@@ -101,8 +101,8 @@ class RewardConfig:
     rubrics_per_query: int = 8  # group size of the Rubricor phase
     verdicts_per_pair: int = 8  # group size of the Judge phase
     learning_rate: float = 1.5e-3  # of the Rubricor; Muon for matrices, AdamW for the rest
-    judge_lr: float = 5e-4
-    entropy: float = 0.02  # entropy bonus
+    judge_lr: float = 5e-4  # of the Judge
+    entropy: float = 0.03  # entropy bonus of the Rubricor
     kind_weights: dict[str, float] = field(default_factory=lambda: {"outcome": 4.0, "cost": 1.0, "process": 1.0})
     score_scale: float = 0.1  # temperature of sigmoid(score difference / scale)
     min_criteria: int = 3

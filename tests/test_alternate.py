@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -12,22 +13,28 @@ from simulated import SimulatedRunner, make_trajectory
 
 from roro_ray.config import PairsConfig, RewardConfig
 from roro_ray.errors import CheckpointError, ConfigError
-from roro_ray.reward.alternate import alternate, measure, split_folds
-from roro_ray.reward.generic import find_steps, make_random_rubric, make_rubric_of
-from roro_ray.reward.model import RewardModel, make_reward
-from roro_ray.reward.pairs import make_pairs, process_candidates
-from roro_ray.reward.phases import (
+from roro_ray.reward.alternate import alternate, copy_reward, measure, split_folds
+from roro_ray.reward.credit import (
     FORMAT_FINE,
+    MISSING_FINE,
     UNFAITHFUL_FINE,
     RubricValue,
-    draw_items,
+    balance_pairs,
+    gain_lines,
     make_credit_batch,
-    reward_verdicts,
+    read_verdicts,
+    turn_round,
     value_rubrics,
 )
+from roro_ray.reward.generic import draw_random_criteria, find_steps, make_random_rubric, make_rubric_of
+from roro_ray.reward.model import RewardModel, make_reward
+from roro_ray.reward.pairs import make_pairs, process_candidates
+from roro_ray.reward.phases import reward_verdicts, run_rubricor_phase
 from roro_ray.reward.preference import (
     QueryPairs,
     check_kind_weights,
+    draw_items,
+    find_dearer,
     group_pairs,
     measure_accuracy,
     reward_scores,
@@ -44,6 +51,7 @@ from roro_ray.reward.warm_start import (
     train_rubricor,
 )
 from roro_ray.types import PairKind, Query, Verdict
+from roro_ray.world.tasks import LABELS, draw_programs, make_queries
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -52,7 +60,7 @@ TEXTS = ("A: dbl 36 = 72", "B: 72 * 04 = 88", "C: 88 - 38 = 50", "Answer: 50")
 WEIGHTS = {"outcome": 4.0, "cost": 1.0, "process": 1.0}
 
 
-def make_items(count: int = 12, suites: tuple[str, ...] = ("chain", "word")) -> list[QueryPairs]:
+def make_items(count: int = 9, suites: tuple[str, ...] = ("chain", "word")) -> list[QueryPairs]:
     runner = SimulatedRunner(suites, count)
     trajectories = runner.collect()
     candidates = process_candidates(trajectories, PairsConfig())
@@ -68,7 +76,7 @@ def items() -> list[QueryPairs]:
 
 @pytest.fixture(scope="module")
 def warm() -> RewardModel:
-    return make_reward(RewardConfig(rounds=2, judge_updates=1, rubricor_updates=2, queries_per_update=4))
+    return make_reward(RewardConfig(rounds=2, judge_updates=1, rubricor_updates=2, queries_per_update=3))
 
 
 def one_item() -> QueryPairs:
@@ -81,27 +89,41 @@ def one_item() -> QueryPairs:
     return QueryPairs(QUERY, group, pairs, 0)
 
 
+def pair_weights() -> dict[str, torch.Tensor]:
+    return {QUERY.id: weigh_pairs(one_item(), WEIGHTS)}
+
+
 def test_pair_weights_by_hand() -> None:
-    # kinds first: cost 1/6, outcome 4/6 over two pairs; then the one dearer-preferred pair (2/6) and the one
-    # cheaper-preferred pair (1/6) are made equal, 1.5/6 each; the pair of equal cost keeps its 2/6
-    assert weigh_pairs(one_item(), WEIGHTS).tolist() == pytest.approx([1.5 / 6, 1.5 / 6, 2 / 6])
+    # cost 1/6, outcome 4/6 over two pairs; process pairs do not occur, but their weight counts
+    assert weigh_pairs(one_item(), WEIGHTS).tolist() == pytest.approx([1 / 6, 2 / 6, 2 / 6])
+    assert find_dearer(one_item()).tolist() == [-1, 1, 0]
 
 
-def test_a_bias_earns_the_same_either_way_wherever_both_directions_occur(items: list[QueryPairs]) -> None:
-    both = 0
+def test_balance_lets_neither_writer_pay_more_in_random_rubrics(items: list[QueryPairs], warm: RewardModel) -> None:
+    weights = balance_pairs(warm.judge, items, warm.config, 0)
     for item in items:
-        shares = torch.tensor([[t.large_share for t in item.trajectories]])
-        large, small = (float(reward_scores(item, sign * shares, WEIGHTS, 1e-4)) for sign in (1.0, -1.0))
-        signs = {float(torch.sign(shares[0, better] - shares[0, worse])) for _, better, worse in item.pairs}
-        if {1.0, -1.0} <= signs:
-            both += 1
-            assert large == pytest.approx(small, abs=1e-5)
-    assert both >= 5
+        base, balanced = weigh_pairs(item, warm.config.kind_weights), weights[item.query.id]
+        dearer = find_dearer(item) > 0
+        for side in (True, False):
+            ratios = (balanced / base)[dearer == side]
+            assert ratios.numel() == 0 or torch.allclose(ratios, ratios[0].expand_as(ratios))
+    lean = size = 0.0
+    rng = random.Random(5)
+    for item in items * 6:
+        criteria = draw_random_criteria(item.query, rng)
+        table = read_verdicts(warm.judge, [(item, [*criteria, *map(turn_round, criteria)])])[item.query.id]
+        value = gain_lines(item, criteria, table, weights[item.query.id], warm.config.score_scale)
+        signed = [w if c.model == "large" else -w for w, c in zip(value.writers, criteria, strict=True) if c.label]
+        lean += item.draw_weight * sum(signed)
+        size += item.draw_weight * sum(map(abs, signed))
+    assert abs(lean) < 0.25 * size
 
 
 def test_reward_of_scores_rises_with_every_pair_ordered_rightly() -> None:
     item = one_item()
-    perfect, flat, inverse = reward_scores(item, torch.tensor([[1.0, 0, -1], [0, 0, 0], [-1, 0, 1]]), WEIGHTS, 0.1)
+    perfect, flat, inverse = reward_scores(
+        item, weigh_pairs(item, WEIGHTS), torch.tensor([[1.0, 0, -1], [0, 0, 0], [-1, 0, 1]]), 0.1
+    )
     total = float(weigh_pairs(item, WEIGHTS).sum())
     assert float(flat) == pytest.approx(total / 2)
     assert float(perfect) == pytest.approx(total, abs=1e-3)
@@ -131,36 +153,74 @@ def test_a_rubric_that_names_the_needed_step_is_worth_more_and_its_line_gets_the
 
     bad = read_rubric("nonsense", QUERY)
     reads = [read("large"), read("small"), read("large", "times 05"), bad]
-    good, wrong, unfaithful, broken = value_rubrics(warm.judge, [one_item()] * 4, reads, warm.config)
+    good, wrong, unfaithful, broken = value_rubrics(warm.judge, [one_item()] * 4, reads, pair_weights(), warm.config)
     assert good.reward > wrong.reward + 0.2
-    assert max(range(4), key=lambda k: good.lines[k]) == 2
-    assert min(range(4), key=lambda k: wrong.lines[k]) == 2
-    assert unfaithful.lines[2] == -UNFAITHFUL_FINE
-    assert (broken.reward, broken.lines) == (-FORMAT_FINE, ())
+    assert max(range(4), key=lambda k: good.writers[k]) == 2
+    assert min(range(4), key=lambda k: wrong.writers[k]) == 2
+    assert good.writers[2] == pytest.approx(-wrong.writers[2], abs=1e-5)  # the same two options, all else equal
+    assert unfaithful.writers[2] == unfaithful.writers[2] == -UNFAITHFUL_FINE
+    assert (broken.reward, broken.writers) == (-FORMAT_FINE, ())
+
+
+def test_parts_of_a_line_by_hand() -> None:
+    """One criterion and verdicts of +1 and -1: the weight cannot matter, the writer decides everything."""
+    item = replace(one_item(), pairs=((PairKind.OUTCOME, 0, 2),))
+    criterion = make_step_criterion("B", "times 04", "large", 2.0)
+    table = {criterion.text: torch.tensor([1.0, 1.0, -1.0]), turn_round(criterion).text: torch.tensor([-1.0, -1.0, 1.0])}
+    value = gain_lines(item, [criterion], table, torch.tensor([0.6]), 1.0)
+    high, low = 0.6 / (1 + math.exp(-2)), 0.6 / (1 + math.exp(2))
+    assert value.reward == pytest.approx(high)
+    assert value.gains[0] == pytest.approx(high - 0.3)
+    assert value.writers[0] == pytest.approx((high - low) / 2)
+    assert value.weights[0] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_criterion_turned_round_twice_is_itself() -> None:
+    for criterion in draw_random_criteria(QUERY, random.Random(0)):
+        assert turn_round(turn_round(criterion)) == criterion
+        assert turn_round(criterion).model != criterion.model
+        assert turn_round(criterion).label == criterion.label
 
 
 def test_missing_criteria_are_fined(warm: RewardModel) -> None:
     lines = make_random_rubric(QUERY).text.split("\n")
     assert len(lines) == 4
-    reads = [read_rubric("\n".join(lines[:3] + [lines[3]]), QUERY), read_rubric("\n".join(lines[:3]), QUERY)]
-    full, short = value_rubrics(warm.judge, [one_item()] * 2, reads, warm.config)
-    # what the last line adds is its line value; beyond that the shorter rubric pays the fine
-    assert full.reward - short.reward == pytest.approx(full.lines[3] + 0.05, abs=1e-5)
+    reads = [read_rubric("\n".join(lines), QUERY), read_rubric("\n".join(lines[:3]), QUERY)]
+    full, short = value_rubrics(warm.judge, [one_item()] * 2, reads, pair_weights(), warm.config)
+    # what the last line adds is its gain; beyond that the shorter rubric pays the fine
+    table = read_verdicts(warm.judge, [(one_item(), [*c, *map(turn_round, c)]) for c in [reads[0].rubric.criteria]])
+    value = gain_lines(one_item(), reads[0].rubric.criteria, table[QUERY.id], pair_weights()[QUERY.id], 0.1)
+    assert full.reward - short.reward == pytest.approx(value.gains[3] + MISSING_FINE, abs=1e-5)
 
 
 def test_line_credit_falls_on_the_line_s_tokens(warm: RewardModel) -> None:
     queries = [QUERY]
     completions = warm.rubricor.sample(queries, 2, seed=0)
     counts = [completion.text.count("\n") + 1 for completion in completions]
-    values = [RubricValue(1.0, (0.5, *[0.0] * (counts[0] - 1))), RubricValue(0.0, (0.0,) * counts[1])]
+    zeros = [(0.0,) * count for count in counts]
+    values = [
+        RubricValue(1.0, zeros[0], (0.5, *zeros[0][1:]), (-0.25, *zeros[0][1:])),
+        RubricValue(0.0, zeros[1], zeros[1], zeros[1]),
+    ]
     batch = make_credit_batch(warm.rubricor, completions, values, torch.tensor([0, 0]))
     start = len(completions[0].prompt_ids)
-    row = batch.advantages_B[0, start : start + len(completions[0].ids)]
-    first_line = warm.rubricor.line_numbers(completions[0].ids).count(0)
-    assert (row[:first_line] > row[first_line]).all()
+    places = warm.rubricor.find_places(completions[0].ids)
+    expected = {(0, 0): 0.5 + 4 * 0.5, (0, 1): 0.5 - 4 * 0.25}
+    row = batch.advantages_B[0, start : start + len(places)].tolist()
+    assert row == pytest.approx([expected.get(place, 0.5) for place in places])
+    assert {place for place in places if place[0] == 0} == {(0, 0), (0, 1)}
     assert float(batch.advantages_B[0, :start].abs().sum()) == 0
     assert batch.action_mask_BT.shape == batch.advantages_B.shape
     assert len(make_credit_batch(warm.rubricor, completions, [values[0]] * 2, torch.tensor([0, 0]))) == 0
+
+
+def test_places_follow_lines_and_the_weight(warm: RewardModel) -> None:
+    ids = warm.rubricor.tokenizer.encode("overall: mostly written by the small model (3)\nB: double written by")
+    texts = [warm.rubricor.tokenizer.decode([token]) for token in ids]
+    places = dict(zip(texts, warm.rubricor.find_places(ids), strict=True))
+    assert places["overall: "] == places[" written by the small model ("] == (0, 0)
+    assert places["3"] == places[")"] == (0, 1)
+    assert places["\n"] == places["B: "] == (1, 0)
 
 
 def test_verdict_rewards_by_hand_and_with_sides_swapped() -> None:
@@ -249,13 +309,33 @@ def test_summary_has_every_control_by_kind(items: list[QueryPairs], warm: Reward
     assert all(0 <= value <= 1 for value in summary["pair_accuracy"].values())  # type: ignore[attr-defined]
 
 
-def test_alternation_learns_which_steps_matter() -> None:
-    """Proof of learning on writers whose hard steps are known: a short run on one suite lifts balanced accuracy."""
-    items = make_items(60, ("chain",))
-    start = make_reward(RewardConfig(rounds=1, judge_updates=0, rubricor_updates=14))
-    _, result = alternate(start, items, 4, 0)
-    assert result.controls["trained"].balanced > result.controls["warm"].balanced + 0.04
-    assert result.controls["trained"].balanced > result.controls["shuffled_rubrics"].balanced + 0.04
+def measure_selectivity(reward: RewardModel, items: list[QueryPairs], hard: set[tuple[str, str]]) -> float:
+    """P(large | hard step) - P(large | easy step) in sampled rubrics."""
+    large: dict[bool, list[bool]] = {True: [], False: []}
+    for completion in reward.rubricor.sample([item.query for item in items], 4, seed=9):
+        query = items[completion.prompt].query
+        rubric = reward.rubricor.read(completion.text, query).rubric
+        for criterion in rubric.criteria if rubric else ():
+            if criterion.label:
+                large[(query.id, criterion.label) in hard].append(criterion.model == "large")
+    return sum(large[True]) / len(large[True]) - sum(large[False]) / len(large[False])
+
+
+def test_the_rubricor_learns_which_steps_matter(warm: RewardModel) -> None:
+    """Proof of learning on writers whose hard steps are known to the test, and to nobody else."""
+    items = make_items(40, ("chain",))
+    programs = draw_programs("chain", "train", 7)
+    hard = {
+        (query.id, label)
+        for query, program in zip(make_queries("chain", "train", 40, 7), programs, strict=False)
+        for label, operation in zip(LABELS, program.operations, strict=False)
+        if operation.is_hard
+    }
+    start = copy_reward(warm)
+    config = RewardConfig(rubricor_updates=16, queries_per_update=12)
+    run_rubricor_phase(start.rubricor, start.judge, items, config, 0, lambda metrics: None)
+    assert start.rubricor.version == warm.rubricor.version + 16
+    assert measure_selectivity(start, items, hard) > measure_selectivity(warm, items, hard) + 0.1
 
 
 def test_contrastive_criteria_follow_the_preferred_trajectory(items: list[QueryPairs]) -> None:
@@ -286,12 +366,12 @@ def test_warm_start_training_learns_from_scratch_in_seconds(items: list[QueryPai
     spec = WarmStartSpec(rubricor_updates=25, judge_updates=25, batch=4, format_queries=20)
     losses: list[float] = []
     model, _ = train_rubricor(items, spec, 0, lambda _, loss: losses.append(loss))
-    assert losses[-1] < losses[0] / 2
+    assert losses[-1] < 0.8 * losses[0]
     again, _ = train_rubricor(items, spec, 0)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     losses.clear()
     train_judge(items, spec, 0, lambda _, loss: losses.append(loss))
-    assert losses[-1] < losses[0] / 2
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_the_shipped_warm_start_is_good_at_format_and_leaves_room(items: list[QueryPairs], warm: RewardModel) -> None:

@@ -13,7 +13,7 @@ from roro_ray.learning.grpo import make_advantages
 from roro_ray.learning.sequences import Completion, TokenBatch, make_token_batch
 from roro_ray.reward.generic import count_criteria, draw_random_criteria, find_steps
 from roro_ray.reward.judge import Judge, make_question
-from roro_ray.reward.preference import QueryPairs, draw_items, find_dearer, reward_scores, weigh_pairs
+from roro_ray.reward.preference import QueryPairs, find_dearer, reward_scores, weigh_pairs
 from roro_ray.reward.rubric import (
     MODELS,
     WEIGHTS,
@@ -48,7 +48,7 @@ def balance_pairs(
     rng = random.Random(f"balance/{seed}")
     probes = [
         (item, draw_random_criteria(item.query, rng, config.max_criteria))
-        for item in draw_items(items, _PROBED_QUERIES, rng)
+        for item in rng.choices(items, [item.draw_weight for item in items], k=_PROBED_QUERIES)
         for _ in range(_PROBES)
     ]
     tables = read_verdicts(judge, [(item, [*criteria, *map(turn_round, criteria)]) for item, criteria in probes])
@@ -82,7 +82,6 @@ class RubricValue:
     gains: tuple[float, ...] = ()
     writers: tuple[float, ...] = ()
     weights: tuple[float, ...] = ()
-    large: tuple[bool, ...] = ()
 
 
 def value_rubrics(
@@ -178,7 +177,7 @@ def _value_one(
     gains, writers, weights = zip(*lines, strict=True)
     # Where there is room for every step, none is to be chosen.
     gains = gains if len(find_steps(item.query)) >= config.max_criteria else (0.0,) * len(lines)
-    return RubricValue(value.reward - fines, gains, writers, weights, tuple(c.model=='large' for c in read.written))
+    return RubricValue(value.reward - fines, gains, writers, weights)
 
 
 def make_credit_batch(
@@ -198,13 +197,6 @@ def make_credit_batch(
     gains: dict[int, list[float]] = {}
     for group, value in zip(groups_B.tolist(), values, strict=True):
         gains.setdefault(group, []).extend(value.gains)
-    import os
-    if os.environ.get('CENTRE'):
-        allw={True:[],False:[]}
-        for v in values:
-            for w,l in zip(v.writers,v.large): allw[l].append(w)
-        mm={k:sum(x)/max(len(x),1) for k,x in allw.items()}
-        values=[replace(v,writers=tuple(w-mm[l] for w,l in zip(v.writers,v.large))) for v in values]
     for row, (completion, value, group) in enumerate(zip(completions, values, groups_B.tolist(), strict=True)):
         mean = sum(gains[group]) / max(len(gains[group]), 1)
         lines = zip(value.gains, value.writers, value.weights, strict=True)
