@@ -59,6 +59,29 @@ def test_the_demo_as_a_job_of_a_ray_that_runs(tmp_path: Path) -> None:
     assert (run_dir / "report.html").stat().st_size > 10_000 and (run_dir / "frontier.png").stat().st_size > 10_000
 
 
+def test_compare_killed_and_run_again_keeps_what_was_trained(tmp_path: Path) -> None:
+    run_dir, page = tmp_path / "run", tmp_path / "results.md"
+    command = ["-m", "jobs.compare", "--quick", "--seeds", "1", "--output", str(page), *TINY, f"run_dir={run_dir}"]
+    marker = run_dir / "seed0" / "router" / "grpo_outcome" / "FINISHED.json"
+    with short_temp_dir() as temp_dir:
+        process = start_job(temp_dir, *command)
+        deadline = time.monotonic() + 200
+        while not marker.exists():
+            assert process.poll() is None and time.monotonic() < deadline, (temp_dir / "job.log").read_text()[-3000:]
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait(10)
+    assert not page.exists()
+    trained = marker.stat().st_mtime_ns
+    with short_temp_dir() as temp_dir:
+        run_job(temp_dir, *command, timeout_s=400)
+    assert marker.stat().st_mtime_ns == trained, "a finished training was done again"
+    text = page.read_text()
+    for method in ("roro", "roro_step", "random_rubrics", "fixed_rubric", "grpo_outcome_tuned"):
+        assert f"(`{method}`)" in text
+    assert "jobs.compare --quick --seeds 1" in text
+
+
 def readme_commands() -> list[str]:
     """The commands in the README's shell blocks."""
     blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
