@@ -93,6 +93,10 @@ def load_lm(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             f"cannot load a language model and its tokenizer from {str(path)!r}: {error}; expected config.json, "
             "model.safetensors and tokenizer.json there"
         ) from error
+    for parameter in model.parameters():
+        # Own, aligned memory instead of a slice of the file: matrix kernels round differently on unaligned data,
+        # and a resumed run must end with the same bits as a straight one.
+        parameter.data = parameter.data.clone()
     return model.eval(), tokenizer
 
 
