@@ -1,7 +1,8 @@
 """A simulated pool for the reward's tests: programs solved without a language model.
 
 The large writer computes every step rightly; the small one has the misconception of the embedded world
-(`misapply_operation`) and is off by one on every other value at a hard step. Rollouts are exact, so that tests know what is needed and what is waste.
+(`misapply_operation`) and is off by one on every other value at a hard step.
+Rollouts are exact, so that tests know what is needed and what is waste.
 """
 
 from __future__ import annotations

@@ -166,7 +166,10 @@ def test_parts_of_a_line_by_hand() -> None:
     """One criterion and verdicts of +1 and -1: the weight cannot matter, the writer decides everything."""
     item = replace(one_item(), pairs=((PairKind.OUTCOME, 0, 2),))
     criterion = make_step_criterion("B", "times 04", "large", 2.0)
-    table = {criterion.text: torch.tensor([1.0, 1.0, -1.0]), turn_round(criterion).text: torch.tensor([-1.0, -1.0, 1.0])}
+    table = {
+        criterion.text: torch.tensor([1.0, 1.0, -1.0]),
+        turn_round(criterion).text: torch.tensor([-1.0, -1.0, 1.0]),
+    }
     value = gain_lines(item, [criterion], table, torch.tensor([0.6]), 1.0)
     high, low = 0.6 / (1 + math.exp(-2)), 0.6 / (1 + math.exp(2))
     assert value.reward == pytest.approx(high)
@@ -224,7 +227,9 @@ def test_places_follow_lines_and_the_weight(warm: RewardModel) -> None:
 
 
 def test_verdict_rewards_by_hand_and_with_sides_swapped() -> None:
-    rubric = make_rubric_of(QUERY, [make_overall_criterion("small", 3.0), make_step_criterion("A", "double", "small", 1.0)])
+    rubric = make_rubric_of(
+        QUERY, [make_overall_criterion("small", 3.0), make_step_criterion("A", "double", "small", 1.0)]
+    )
     draws = torch.tensor([[0, 0, 1, 1], [1, 0, 0, 1], [0, 1, 0, 1], [0, 0, 1, 2], [1, 1, 0, 0]])
     rewards = reward_verdicts(rubric, draws)
     assert rewards == [1.0, -1.0, -1.0, -1.0, -1.0]

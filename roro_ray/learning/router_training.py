@@ -166,7 +166,7 @@ class RouterTrainer:
         longest = self.config.episode.max_steps
         own = sum(make_denominator(batch.decision_mask_BD, settings.normalisation, longest) for batch, _ in parts)
         if settings.normalisation != "dapo" and weighed.trajectories:
-            # Rows that were dropped count: late in training a handful is left, and must not move the weights as all did.
+            # Dropped rows count: late in training a handful is left, and must not move the weights as all did.
             own *= weighed.sums["episodes"] / len(weighed.trajectories)
         denominator = float(self._share.add(torch.tensor([own], dtype=torch.float64)))
         if self.config.router.max_lag:

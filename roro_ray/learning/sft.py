@@ -99,7 +99,7 @@ def train_sft(
     losses: list[float] = []
     for batch in itertools.islice(batches, updates):
         loss = sft_loss(model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
         for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
             optimizer.step()

@@ -91,5 +91,5 @@ def _backward(
         settings.kl_weight,
         denominator,
     )
-    output.loss.backward()  # type: ignore[no-untyped-call]
+    output.loss.backward()
     return output.metrics

@@ -1,11 +1,12 @@
 """The Judge: reads a routing trajectory and answers every criterion of its rubric with yes or no.
 
 The text is `{query}`, the steps with `[S] ` or `[L] ` before each (who wrote it), `Rubric:` and one question
-`{criterion} (yes/no)? {subject}: `; the verdict is read from the probabilities of `yes` and `no` right after it. A real language model answers one question a call (`EngineJudge`). A model that we hold in
-memory answers all questions about a trajectory in one forward pass: each question is a branch that sees the
-trajectory and itself but no other question, at the positions it would have alone. So the packed verdict
-equals the one-a-call verdict, does not depend on the order of the criteria or on the rest of the rubric, the
-trajectory is read once for all rubrics of its query, and verdicts can be remembered per (trajectory, question).
+`{criterion} (yes/no)? {subject}: `; the verdict is read from the probabilities of `yes` and `no` right after it. A real
+language model answers one question a call (`EngineJudge`). A model that we hold in memory answers all questions about a
+trajectory in one forward pass: each question is a branch that sees the trajectory and itself but no other question, at
+the positions it would have alone. So the packed verdict equals the one-a-call verdict, does not depend on the order of
+the criteria or on the rest of the rubric, the trajectory is read once for all rubrics of its query, and verdicts can be
+remembered per (trajectory, question).
 
 Axis suffixes: _B trajectories, _T tokens, _Q questions of all trajectories, flattened.
 """
@@ -175,7 +176,8 @@ class Judge:
             use_cache=False,
         ).last_hidden_state
         logits_QV = self.model.lm_head(hidden_BTC[batch.rows_Q, batch.columns_Q])
-        return logits_QV.float().log_softmax(-1)[:, self.verdict_ids]
+        log_probs_Q2: torch.Tensor = logits_QV.float().log_softmax(-1)[:, self.verdict_ids]
+        return log_probs_Q2
 
     def read(self, items: Sequence[tuple[Query, Trajectory, Sequence[str]]]) -> list[list[tuple[float, float]]]:
         """P(yes), P(no) of each question about each trajectory; what was read before is remembered.
@@ -207,8 +209,8 @@ class Judge:
             part, rows = rows[-count:], rows[:-count]
             batch = make_judge_batch([packed for *_, packed in part], self.tokenizer.pad_token_id or 0)
             values = iter(self.verdict_log_probs(batch).exp().tolist())
-            for _, head, questions, _ in part:
-                for question in questions:
+            for _, head, asked, _ in part:
+                for question in asked:
                     yes, no = next(values)
                     self._memo[head, question] = (yes, no)
 
@@ -219,7 +221,7 @@ class Judge:
 
         A rubric without criteria gives error verdicts, never 0.
         """
-        work = []
+        work: list[tuple[Query, Trajectory, Sequence[str]]] = []
         for query, group, rubric in zip(queries, trajectories, rubrics, strict=True):
             questions = [make_question(criterion, self.special) for criterion in rubric.criteria]
             work.extend((query, trajectory, questions) for trajectory in group)

@@ -101,7 +101,7 @@ def load_lm(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def save_reward(reward: RewardModel, directory: str | Path) -> Path:
-    """Save Rubricor and Judge under a directory, whole or not at all (temp, rename, marker); an older one is replaced."""
+    """Save Rubricor and Judge under a directory, whole or not at all (temp, rename, marker), replacing an older one."""
     target = Path(directory)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

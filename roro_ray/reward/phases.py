@@ -134,7 +134,7 @@ def _update_judge(
     output = make_loss(inputs)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    output.loss.backward()  # type: ignore[no-untyped-call]
+    output.loss.backward()
     torch.nn.utils.clip_grad_norm_(judge.model.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()

@@ -93,7 +93,7 @@ def weigh_pairs(item: QueryPairs, kind_weights: Mapping[str, float]) -> torch.Te
 
 
 def find_dearer(item: QueryPairs) -> torch.Tensor:
-    """For each pair of a query, shape (P,): 1 where the preferred trajectory is the dearer one, -1 the cheaper, else 0."""
+    """For each pair of a query, shape (P,): 1 where the preferred trajectory is dearer, -1 where cheaper, else 0."""
     shares = [trajectory.large_share for trajectory in item.trajectories]
     return torch.tensor([shares[better] - shares[worse] for _, better, worse in item.pairs]).sign()
 

@@ -28,7 +28,7 @@ _Key = tuple[str, tuple[str, ...], int]
 
 @dataclass(frozen=True, slots=True)
 class ProcessQuality:
-    """Quality in [-1, 1], the counts behind it, and for each step `needed`, `waste`, `miss` or `idle` (rightly small)."""
+    """Quality in [-1, 1], its counts, and for each step `needed`, `waste`, `miss` or `idle` (rightly small)."""
 
     quality: float
     waste: int

@@ -175,8 +175,8 @@ def read_rubric(text: str, query: Query, version: int = -1, min_criteria: int = 
         if good:
             named.add(name)
     if not kept:
-        error = (
+        reason = (
             f"rubric of query {query.id!r} has no criterion that quotes its query: got {text[:200]!r}; sample it again"
         )
-        return ReadRubric(None, tuple(dropped), error)
+        return ReadRubric(None, tuple(dropped), reason)
     return ReadRubric(replace(rubric, criteria=tuple(kept)), tuple(dropped), written=rubric.criteria)

@@ -72,7 +72,8 @@ def make_contrastive_criteria(
     kind = rng.choice([kind for kind in PairKind if by_kind[kind]])
     _, better, worse = rng.choice(by_kind[kind])
     preferred, rejected = item.trajectories[better], item.trajectories[worse]
-    differing, same = [], []
+    differing: list[Criterion] = []
+    same: list[Criterion] = []
     for label, quote in find_steps(item.query):
         first, second = find_step(preferred, label), find_step(rejected, label)
         if first is None or rng.random() < spec.drop:
@@ -172,7 +173,7 @@ def train_judge(
         _set_learning_rate(optimizers, spec.judge_lr * min((update + 1) / 20, 1.0, 5 * (1 - done)))
         pool = ordered[: max(1, int(len(ordered) * min(1.0, 0.3 + 1.2 * done)))]
         loss = _judge_loss(judge, pool, spec, rng)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(judge.model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -286,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
             accuracy, error = measure_judge(trained, items)
             facts |= {"verdict_accuracy": round(accuracy, 4), "overall_error": round(error, 4)}
         directory = arguments.out / name
-        model.to(torch.float16).save_pretrained(directory)
+        model.half().save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         (directory / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
         print(f"{name}: {json.dumps(facts)} -> {directory}")
