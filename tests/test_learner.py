@@ -99,7 +99,7 @@ def test_the_plan_depends_on_seed_and_iteration_only() -> None:
 def test_it_learns_the_one_hard_step(normalisation: str) -> None:
     config = make_scripted_config()
     config.router.normalisation = normalisation
-    config.router.head_lr, config.router.queries = 0.02, 8
+    config.router.head_lr, config.router.queries, config.router.iterations = 0.02, 8, 40
     config.router.cost_weight_low, config.router.cost_weight_high = 0.9, 1.0
     trainer = make_trainer(config)
     with warnings.catch_warnings():
