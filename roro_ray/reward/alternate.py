@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -202,8 +202,3 @@ def _load_result(directory: Path) -> RoundResult:
             f"the result of a finished round, {str(path)!r}, is unreadable ({error!r}): "
             f"remove {str(directory)!r} to do the round again"
         ) from error
-
-
-def with_rubric_source(reward: RewardModel, source: str) -> RewardModel:
-    """The same models under another `rubric_source` (learned, warm, random or fixed)."""
-    return RewardModel(reward.rubricor, reward.judge, replace(reward.config, rubric_source=source))
