@@ -7,6 +7,7 @@ overwritten.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -185,6 +186,8 @@ def append_metrics(path: str | Path, record: Mapping[str, Any]) -> None:
     line = json.dumps(_finite({"time": round(time.time(), 3), **record}), default=str) + "\n"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
+        # Look and write as one: else the look may meet another process's write halfway and take it for a cut line.
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
             line = "\n" + line
