@@ -14,6 +14,10 @@ class ConfigError(RoroError, ValueError):
     """A configuration key or value is wrong."""
 
 
+class CalibrationError(ConfigError):
+    """A calibration is damaged, was measured with other models, or has no point that meets a target."""
+
+
 class DataError(RoroError, ValueError):
     """A file or a record is unreadable, truncated or of another schema."""
 

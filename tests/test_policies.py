@@ -132,6 +132,8 @@ def test_what_each_policy_peeks_at() -> None:
         ("confidence:nan", "got 'nan'"),
         ("router", "needs a trained router"),
         ("router:0.5", "takes no value"),
+        ("router_priced", "needs a trained router"),
+        ("router_prized", "did you mean 'router_priced'"),
     ],
 )
 def test_a_wrong_strategy_is_refused_with_what_to_do(strategy: str, message: str) -> None:

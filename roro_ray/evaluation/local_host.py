@@ -44,7 +44,7 @@ class LocalHost:
         return self._loop.run(self._runner.run(specs))
 
     def use_router(self, directory: Path) -> None:
-        """Load a saved router for the strategies `router` and `router_greedy`.
+        """Load a saved router for the strategies `router`, `router_greedy` and `router_priced`.
 
         Raises:
             CheckpointError: the directory holds no router for this pool.

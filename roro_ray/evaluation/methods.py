@@ -30,7 +30,7 @@ class Host(Protocol):
         ...
 
     def use_router(self, directory: Path) -> None:
-        """Load a saved router for the strategies `router` and `router_greedy`."""
+        """Load a saved router for the strategies `router`, `router_greedy` and `router_priced`."""
         ...
 
     def find_oracle(self, queries: Sequence[Query]) -> Sequence[OracleResult]:

@@ -41,10 +41,14 @@ class Policy(Protocol):
 
 
 class TrainedPolicy(Policy, Protocol):
-    """A policy with weights, which samples, and has a twin that takes the likeliest model."""
+    """A policy with weights, which samples, and has twins that take the likeliest model, as it is or at a price."""
 
     def as_greedy(self) -> Policy:
         """The same weights, deciding by argmax."""
+        ...
+
+    def as_priced(self) -> Policy:
+        """The same weights, deciding by argmax at the price that the episode's cost weight sets."""
         ...
 
 
@@ -222,7 +226,13 @@ _MAKERS: dict[str, Callable[[str, str, EnginePool], Policy]] = {
     "glimpse": lambda s, x, pool: GlimpsePolicy(_read_float(s, x, -math.inf, math.inf)),
     "script": lambda s, x, pool: ScriptPolicy(_read_script(s, x, pool.size)),
 }
-STRATEGY_NAMES: tuple[str, ...] = (*_MAKERS, "router", "router_greedy")
+# those that need a trained router: which twin of its policy they are
+_TRAINED: dict[str, Callable[[TrainedPolicy], Policy]] = {
+    "router": lambda router: router,
+    "router_greedy": lambda router: router.as_greedy(),
+    "router_priced": lambda router: router.as_priced(),
+}
+STRATEGY_NAMES: tuple[str, ...] = (*_MAKERS, *_TRAINED)
 
 
 def make_policy(strategy: str, pool: EnginePool, router: TrainedPolicy | None = None) -> Policy:
@@ -230,20 +240,20 @@ def make_policy(strategy: str, pool: EnginePool, router: TrainedPolicy | None = 
 
     Args:
         strategy: `fixed:M`, `random:SHARE`, `blocks:LEN`, `periodic:K`, `confidence:TAU` (also `threshold:TAU`),
-            `prior_confidence:TAU`, `draft_verify:TAU`, `glimpse:TAU`, `script:0,1,..`, `router` (sampled) or
-            `router_greedy`.
-        router: the trained router behind the last two.
+            `prior_confidence:TAU`, `draft_verify:TAU`, `glimpse:TAU`, `script:0,1,..`, `router` (sampled),
+            `router_greedy` or `router_priced` (the episode's cost weight sets the price of the dearer models).
+        router: the trained router behind the last three.
 
     Raises:
         ConfigError: unknown strategy, a value out of range, or no router where one is needed.
     """
     name, _, value = strategy.partition(":")
-    if name in ("router", "router_greedy"):
+    if name in _TRAINED:
         if value:
             raise ConfigError(f"strategy {strategy!r} takes no value: expected {name!r}")
         if router is None:
             raise ConfigError(f"strategy {strategy!r} needs a trained router and got none: train or load one first")
-        return router if name == "router" else router.as_greedy()
+        return _TRAINED[name](router)
     if name not in _MAKERS:
         hint = did_you_mean(name, STRATEGY_NAMES)
         raise ConfigError(f"unknown strategy {strategy!r}: expected one of {', '.join(STRATEGY_NAMES)}{hint}")

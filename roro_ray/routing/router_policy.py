@@ -1,4 +1,4 @@
-"""The router network as a policy: micro-batched decisions, sampled or greedy.
+"""The router network as a policy: micro-batched opinions, and a decision drawn, greedy or at a price.
 
 The state at a boundary depends on the text alone, not on the signals or the cost weight. So states are
 remembered by text for as long as the weights stay: rollouts of one query share their first steps, and a sweep
@@ -7,9 +7,8 @@ of cost weights shares most of its texts. New text is read on from where the las
 
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,43 +16,58 @@ import torch
 from roro_ray.config import STEP_DELIMITER
 from roro_ray.engines.batching import Job, MicroBatcher
 from roro_ray.errors import EngineError
-from roro_ray.routing.draws import draw_uniform
 from roro_ray.routing.observation import Observation
+from roro_ray.routing.opinion import (
+    Opinion,
+    RouterReading,
+    charge_opinion,
+    decide_greedy,
+    decide_priced,
+    decide_sampled,
+    make_reading,
+)
 from roro_ray.routing.reader import TextReader
 from roro_ray.routing.router import RouterNetwork, fill_router
 from roro_ray.types import Decision, Peek
+
+__all__ = [
+    "Opinion",
+    "RouterPolicy",
+    "RouterReading",
+    "charge_opinion",
+    "decide_greedy",
+    "decide_priced",
+    "decide_sampled",
+    "make_reading",
+]
 
 _BATCH_DECISIONS = 512
 _STATES_KEPT = 100_000
 _CACHE_MB = 64  # key/value states of the texts read: about 80,000 tokens of the tiny encoder
 
 
-@dataclass(frozen=True, slots=True)
-class _Reading:
-    """What the network needs for one decision: the text (as key and as ids) and the scalar signals."""
+_Rule = Callable[[Opinion, Observation], Decision]
 
-    prefix: str
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A reading in the router's tokens; its state is remembered by `texts`."""
+
+    texts: tuple[str, ...]
     ids: tuple[int, ...]
+    last_step_tokens: int
     features: tuple[float, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Opinion:
-    """Log-probabilities over the pool, and the version of the weights that gave them."""
-
-    log_probs: tuple[float, ...]
-    version: int
-
-
 class _Core:
-    """The network, its remembered states, and the batcher; shared by a sampling policy and its greedy twin."""
+    """The network, its remembered states, and the batcher; shared by a sampling policy and its twins."""
 
     def __init__(self, network: RouterNetwork, version: int) -> None:
         self.network = network.eval()
         self.version = version
-        self.batcher: MicroBatcher[_Reading, _Opinion] = MicroBatcher(self._run, _BATCH_DECISIONS, 0.0, "router")
+        self.batcher: MicroBatcher[_Job, Opinion] = MicroBatcher(self._run, _BATCH_DECISIONS, 0.0, "router")
         self._lock = threading.Lock()
-        self._states: dict[str, torch.Tensor] = {}
+        self._states: dict[tuple[str, ...], torch.Tensor] = {}
         self._written = -1
         self.reader = None if network.body is None else TextReader(network.body, _CACHE_MB)
         self._flops_per_token = network.flops_per_token
@@ -63,40 +77,39 @@ class _Core:
             fill_router(self.network, state_dict)
             self.version = version
 
-    def read(self, observation: Observation) -> _Reading:
-        """Tokenise, and charge the router for the text that it has not read before."""
-        encode = self.network.pieces.encode
-        pieces = [encode(observation.query.text + STEP_DELIMITER)]
-        pieces.extend(encode(step.text + STEP_DELIMITER) for step in observation.steps)
+    def tokenise(self, reading: RouterReading) -> _Job:
+        """The reading's ids, piece by piece."""
+        pieces = [self.network.pieces.encode(text + STEP_DELIMITER) for text in reading.texts]
         ids = tuple(token for piece in pieces for token in piece)
-        last_step_tokens = len(pieces[-1]) if observation.steps else 0
-        observation.ledger.charge_router(len(ids), last_step_tokens, self._flops_per_token)
-        return _Reading(observation.prefix, ids, observation.features)
+        return _Job(reading.texts, ids, len(pieces[-1]) if len(pieces) > 1 else 0, reading.features)
 
-    def _run(self, jobs: list[Job[_Reading, _Opinion]]) -> None:
+    def _run(self, jobs: list[Job[_Job, Opinion]]) -> None:
         with self._lock:
             opinions = self.compute([job.request for job in jobs])
         self.batcher.answer(list(zip(jobs, opinions, strict=True)))
 
     @torch.inference_mode()
-    def compute(self, readings: Sequence[_Reading]) -> list[_Opinion]:
+    def compute(self, jobs: Sequence[_Job]) -> list[Opinion]:
         """What the network thinks of each decision.
 
         Raises:
             EngineError: the weights give no probabilities (they are NaN or infinite).
         """
         device = next(self.network.head.parameters()).device
-        features_BF = torch.tensor([reading.features for reading in readings], device=device)
-        states_BC = None if self.reader is None else self._read_states(readings, self.reader)
+        features_BF = torch.tensor([job.features for job in jobs], device=device)
+        states_BC = None if self.reader is None else self._read_states(jobs, self.reader)
         log_probs_BN = torch.log_softmax(self.network.decide(states_BC, features_BF).double(), dim=-1)
         if bool(log_probs_BN.isnan().any()):
             raise EngineError(
                 f"the router's weights of version {self.version} give no probabilities (NaN): training diverged; "
                 "go back to an earlier checkpoint and lower router.head_lr or router.encoder_lr"
             )
-        return [_Opinion(tuple(log_probs_N), self.version) for log_probs_N in log_probs_BN.tolist()]
+        return [
+            Opinion(tuple(log_probs_N), self.version, len(job.ids), job.last_step_tokens, self._flops_per_token)
+            for job, log_probs_N in zip(jobs, log_probs_BN.tolist(), strict=True)
+        ]
 
-    def _read_states(self, readings: Sequence[_Reading], reader: TextReader) -> torch.Tensor:
+    def _read_states(self, jobs: Sequence[_Job], reader: TextReader) -> torch.Tensor:
         # torch counts writes to each tensor: any change of the weights, by `load` or by an optimizer, shows here.
         written = sum(parameter._version for parameter in self.network.parameters())
         if written != self._written:
@@ -105,10 +118,10 @@ class _Core:
             self._written = written
         if len(self._states) > _STATES_KEPT:
             self._states.clear()
-        new = {reading.prefix: reading.ids for reading in readings if reading.prefix not in self._states}
+        new = {job.texts: job.ids for job in jobs if job.texts not in self._states}
         if new:
             self._states.update(zip(new, reader.read(list(new.values())).unbind(), strict=True))
-        return torch.stack([self._states[reading.prefix] for reading in readings])
+        return torch.stack([self._states[job.texts] for job in jobs])
 
 
 class RouterPolicy:
@@ -116,12 +129,12 @@ class RouterPolicy:
 
     Sampling takes its uniform from the observation's seed and the step's index, so that a decision does not
     depend on what else is in the batch. `Decision.log_prob` is the log-probability of the action under the
-    policy that took it: the network's when sampling, 0 when greedy.
+    policy that took it: the network's when sampling, 0 when greedy or priced.
     """
 
-    def __init__(self, network: RouterNetwork, version: int | None = None, greedy: bool = False) -> None:
+    def __init__(self, network: RouterNetwork, version: int | None = None, rule: _Rule = decide_sampled) -> None:
         self._core = _Core(network, network.version if version is None else version)
-        self._greedy = greedy
+        self._rule = rule
 
     @property
     def peek(self) -> Peek:
@@ -145,11 +158,15 @@ class RouterPolicy:
 
     def as_greedy(self) -> RouterPolicy:
         """The same weights (also after `load`), deciding by argmax."""
-        return self._twin(greedy=True)
+        return self._twin(lambda opinion, _: decide_greedy(opinion))
 
-    def _twin(self, greedy: bool) -> RouterPolicy:
+    def as_priced(self) -> RouterPolicy:
+        """The same weights (also after `load`), deciding at the price of the observation's cost weight."""
+        return self._twin(lambda opinion, observation: decide_priced(opinion, observation.cost_weight))
+
+    def _twin(self, rule: _Rule) -> RouterPolicy:
         twin = RouterPolicy.__new__(RouterPolicy)
-        twin._core, twin._greedy = self._core, greedy
+        twin._core, twin._rule = self._core, rule
         return twin
 
     def load(self, state_dict: dict[str, torch.Tensor], version: int) -> None:
@@ -160,27 +177,21 @@ class RouterPolicy:
         """
         self._core.load(state_dict, version)
 
+    async def judge_reading(self, reading: RouterReading) -> Opinion:
+        """What the network thinks of one decision; concurrent calls are computed together.
+
+        Raises:
+            EngineError: the network failed, or its weights are not finite.
+        """
+        return await self._core.batcher.submit(self._core.tokenise(reading))
+
     async def decide(self, observation: Observation) -> Decision:
         """Choose a model; concurrent calls are computed together.
 
         Raises:
             EngineError: the network failed, or its weights are not finite.
+            ConfigError: a priced policy got a cost weight that is negative or not finite.
         """
-        reading = self._core.read(observation)
-        opinion = await self._core.batcher.submit(reading)
-        probabilities = tuple(math.exp(log_prob) for log_prob in opinion.log_probs)
-        if self._greedy:
-            return Decision(probabilities.index(max(probabilities)), 0.0, probabilities, opinion.version)
-        uniform = draw_uniform(observation.seed, len(observation.steps), "router")
-        model = _invert(probabilities, uniform)
-        return Decision(model, opinion.log_probs[model], probabilities, opinion.version)
-
-
-def _invert(probabilities: Sequence[float], uniform: float) -> int:
-    """The model at which the cumulative probability passes the uniform."""
-    total = 0.0
-    for model, probability in enumerate(probabilities):
-        total += probability
-        if uniform < total:
-            return model
-    return len(probabilities) - 1  # rounding left the total just below 1
+        opinion = await self.judge_reading(make_reading(observation))
+        charge_opinion(observation, opinion)
+        return self._rule(opinion, observation)

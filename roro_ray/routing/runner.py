@@ -31,7 +31,7 @@ class Runner:
     """A pool, the router's present weights, and the episodes run with them.
 
     Args:
-        router: behind the strategies `router` and `router_greedy`; None where neither is used.
+        router: behind the strategies `router`, `router_greedy` and `router_priced`; None where neither is used.
         concurrency: most episodes in flight.
     """
 
