@@ -13,7 +13,6 @@ import re
 import secrets
 import sys
 import uuid
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import blake2b
 from logging.handlers import RotatingFileHandler
@@ -34,33 +33,23 @@ def make_request_id(header: str | None) -> str:
     return f"req-{uuid.uuid4().hex}"
 
 
-@dataclass(frozen=True, slots=True)
-class AccessLogSettings:
-    """Where the access log goes.
-
-    `path` empty: stdout. Replicas must not share a file (one would rotate it away from the other), so each writes
-    `<stem>-<replica><suffix>`. At `max_mb` a file is set aside, and the last `backups` are kept. `user_key` is the
-    secret of the users' hashes; empty: a random one, so that hashes agree within one process only.
-    """
-
-    path: str = ""
-    max_mb: float = 64.0
-    backups: int = 5
-    user_key: str = ""
-
-
 class AccessLog:
     """Writes the lines; a full disk costs lines (counted in `failed`, told once), never a request.
 
     Args:
-        replica: tells this process's file from those of its neighbours.
+        path: a file; empty: stdout.
+        replica: replicas must not share a file (one would rotate it away from the other), so each writes
+            `<stem>-<replica><suffix>`.
+        max_mb: size at which the file is set aside; the last `backups` of them are kept.
+        user_key: secret of the users' hashes; empty: a random one, so that hashes agree within one process only.
     """
 
-    def __init__(self, settings: AccessLogSettings | None = None, replica: str = "") -> None:
-        settings = settings or AccessLogSettings()
+    def __init__(
+        self, path: str | Path = "", replica: str = "", max_mb: float = 64.0, backups: int = 5, user_key: str = ""
+    ) -> None:
         self.failed = 0
-        self._key = settings.user_key.encode()[:64] or secrets.token_bytes(32)
-        self._handler = _make_handler(settings, replica)
+        self._key = user_key.encode()[:64] or secrets.token_bytes(32)
+        self._handler = _make_handler(str(path), replica, int(max_mb * 2**20), backups)
         self._handler.setFormatter(logging.Formatter("%(message)s"))
         self._handler.handleError = self._on_error  # type: ignore[method-assign]
 
@@ -108,15 +97,14 @@ class AccessLog:
             logger.warning("access log: lines are being lost (%s); make room on its disk", sys.exc_info()[1])
 
 
-def _make_handler(settings: AccessLogSettings, replica: str) -> logging.Handler:
-    if not settings.path:
+def _make_handler(path: str, replica: str, max_bytes: int, backups: int) -> logging.Handler:
+    if not path:
         return logging.StreamHandler(sys.stdout)
-    path = Path(settings.path)
+    file = Path(path)
     if replica:
-        path = path.with_name(f"{path.stem}-{replica}{path.suffix}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    size = int(settings.max_mb * 2**20)
-    return RotatingFileHandler(path, maxBytes=size, backupCount=settings.backups, encoding="utf-8")
+        file = file.with_name(f"{file.stem}-{replica}{file.suffix}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return RotatingFileHandler(file, maxBytes=max_bytes, backupCount=backups, encoding="utf-8")
 
 
 def _clean(text: str) -> str:

@@ -14,11 +14,11 @@ class RequestFacts:
     """One request.
 
     `endpoint` is the route's template (`/v1/models/{id}`), `model` what the client asked for, as given. `status` is
-    the HTTP status; 499 where the client left before the end. `error` is the envelope's code (`model_not_found`).
-    `queue_ms` is the wait for admission, `ttft_ms` the time until the first text left (None: none did).
-    `steps`: number of steps by the name of the model that wrote them. `flops_large_only`: what the large model alone
-    would have cost, None where nothing was answered. `ends`: why each choice ended. `user` is the client's own name
-    for its user; the access log keeps a keyed hash of it only.
+    the HTTP status; 499 where the client left before the end. `error` is the envelope's code (`model_not_found`), also
+    where it came amid a stream whose status had been 200 already. `queue_ms` is the wait for admission, `ttft_ms` the
+    time until the first text left (None: none did). `steps`: number of steps by the name of the model that wrote them.
+    `flops_large_only`: what the large model alone would have cost, None where nothing was answered. `ends`: why each
+    choice ended. `user` is the client's own name for its user; the access log keeps a keyed hash of it only.
     """
 
     request_id: str

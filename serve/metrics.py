@@ -51,7 +51,7 @@ class Instrument:
 
 _TABLE = (
     Instrument("counter", "roro_requests", "Requests over, by HTTP status.", ("endpoint", "model", "code")),
-    Instrument("counter", "roro_errors", "Requests that ended with an error, by its code.", ("endpoint", "error")),
+    Instrument("counter", "roro_errors", "Requests that failed, by the error's code.", ("endpoint", "error")),
     Instrument("counter", "roro_degraded_requests", "Requests with a model or the router replaced.", ("model",)),
     Instrument("histogram", "roro_request_duration_ms", "From arrival to the last byte.", ("endpoint", "stream"), _MS),
     Instrument("histogram", "roro_time_to_first_token_ms", "From arrival to the first text.", ("model", "stream"), _MS),
@@ -96,8 +96,9 @@ class Metrics:
         stream = "true" if facts.stream else "false"
         self._count("roro_requests", 1, {"endpoint": endpoint, "model": model, "code": _code(facts.status)})
         self._record("roro_request_duration_ms", facts.duration_ms, {"endpoint": endpoint, "stream": stream})
-        if facts.error is not None:
-            self._count("roro_errors", 1, {"endpoint": endpoint, "error": self._error(facts.error)})
+        if facts.error is not None or facts.status >= 400:
+            error = self._error(facts.error or f"http_{_code(facts.status)}")
+            self._count("roro_errors", 1, {"endpoint": endpoint, "error": error})
         if facts.degraded:
             self._count("roro_degraded_requests", 1, {"model": model})
         if facts.ttft_ms is not None:

@@ -1,4 +1,4 @@
-"""Trajectories and preference pairs as Parquet, in files that are whole or not there at all.
+"""Trajectories, queries and preference pairs as Parquet, in files that are whole or not there at all.
 
 A file is written under a hidden temporary name, flushed to disk and renamed: no reader ever sees half of one, and a
 shard whose name exists is finished. So a collection that was killed goes on by leaving out the shards that are there.
@@ -16,9 +16,14 @@ import pyarrow.parquet as pq
 
 from roro_ray.data.records import make_decoder, make_encoder, make_schema
 from roro_ray.errors import DataError
-from roro_ray.types import PreferencePair, Trajectory
+from roro_ray.types import PreferencePair, Query, Trajectory
 
 SUFFIX = ".parquet"
+_SOURCES: dict[type, str] = {
+    Trajectory: "Run `python -m jobs.collect` first.",
+    PreferencePair: "Run `python -m jobs.make_pairs` first.",
+    Query: "A server that records its traffic writes them.",
+}
 
 
 def save_trajectories(path: str | Path, trajectories: Iterable[Trajectory]) -> None:
@@ -65,6 +70,30 @@ def iter_pairs(path: str | Path, batch_size: int = 4096) -> Iterator[PreferenceP
     return _iterate(path, PreferencePair, batch_size)
 
 
+def save_queries(path: str | Path, queries: Iterable[Query]) -> None:
+    """Write queries to one Parquet file, whole or not at all."""
+    _save(path, queries, Query)
+
+
+def load_queries(path: str | Path) -> list[Query]:
+    """The queries of a file, or of a directory's files in the order of their names; one that is repeated, once.
+
+    Raises:
+        DataError: nothing is there, a file is truncated or holds something else, or two different queries have
+            one id.
+    """
+    queries: dict[str, Query] = {}
+    for query in iter_queries(path):
+        if queries.setdefault(query.id, query) != query:
+            raise DataError(f"{path}: two different queries have the id {query.id}. Keep the shards of one recording.")
+    return list(queries.values())
+
+
+def iter_queries(path: str | Path, batch_size: int = 4096) -> Iterator[Query]:
+    """Like `load_queries`, holding only `batch_size` records at a time (ids are not compared)."""
+    return _iterate(path, Query, batch_size)
+
+
 def finished_shards(directory: str | Path) -> dict[str, int]:
     """The finished shards of a directory, by name without suffix, each with its number of records.
 
@@ -89,11 +118,15 @@ def _save(path: str | Path, records: Iterable[Any], noun: Any) -> None:
     encode = make_encoder(noun)
     table = pa.Table.from_pylist([encode(record) for record in records], schema=make_schema(noun))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        pq.write_table(table, file, compression="zstd")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            pq.write_table(table, file, compression="zstd")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # a disk that is full would stay so
+        raise
 
 
 def _iterate(path: str | Path, noun: Any, batch_size: int) -> Iterator[Any]:
@@ -113,8 +146,7 @@ def _iterate(path: str | Path, noun: Any, batch_size: int) -> Iterator[Any]:
 def _files(path: Path, noun: type) -> Sequence[Path]:
     files = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else [path]
     if not files or not files[0].exists():
-        stage = "jobs.collect" if noun is Trajectory else "jobs.make_pairs"
-        raise DataError(f"No {noun.__name__} file in {path}, expected *{SUFFIX}. Run `python -m {stage}` first.")
+        raise DataError(f"No {noun.__name__} file in {path}, expected *{SUFFIX}. {_SOURCES[noun]}")
     return files
 
 
