@@ -14,6 +14,7 @@ from typing import Any
 
 from roro_ray.config import STEP_DELIMITER
 from serve.problems import ApiError, envelope
+from serve.stop_filter import StopFilter as StopFilter
 
 DONE = b"data: [DONE]\n\n"
 _LENGTH_ENDS = frozenset({"step_limit", "token_limit"})

@@ -13,20 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from roro_ray.errors import did_you_mean
+from roro_ray.evaluation.calibration import Target
 from serve.body import lower_headers, shorten
 from serve.fields import Fields
 from serve.problems import bad_request
 
 MAX_LARGE_STEPS = 1_000_000
 MAX_NAME_CHARS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """An operating point asked for: exactly one of the two is set, both in [0, 1]."""
-
-    large_share: float | None = None
-    accuracy_within: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

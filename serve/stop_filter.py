@@ -24,6 +24,11 @@ class StopFilter:
         self._held = ""
         self.found: str | None = None
 
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has come (`found` says which)."""
+        return self.found is not None
+
     def feed(self, text: str) -> str:
         """Take more text; what may be emitted now. Nothing comes any more once a stop string was found."""
         if self.found is not None or not text:
