@@ -81,7 +81,8 @@ class Step:
     `text` has no trailing delimiter. `confidence` is the mean probability of the step's tokens under the
     model that wrote it, `confidence_min` the smallest. `finish` is `delimiter`, `stop` (end of sequence) or
     `length` (token limit). `discarded` counts the tokens of a draft that was thrown away before this step.
-    `features` are the scalar signals that the router saw when it decided (see `routing.observation`).
+    `features` are the scalar signals that the router saw when it decided (see `routing.observation`). `degraded`:
+    the model that should have written, or the router, was gone, so that another model wrote.
     """
 
     model: int
@@ -94,6 +95,7 @@ class Step:
     usage: Usage
     discarded: int = 0
     features: tuple[float, ...] = ()
+    degraded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,7 @@ class Trajectory:
 
     `correct` is None where the answer could not be scored (an error value, never False). `end` says why the
     episode stopped: `answer`, `stop` (a model ended its text without an answer), `step_limit`, `token_limit`,
-    `repeated`, `empty`.
+    `repeated`, `empty`, `stop_string` (the client asked for no more).
     """
 
     id: str

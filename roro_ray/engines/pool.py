@@ -57,6 +57,14 @@ class EnginePool:
             self._facts = tuple(await asyncio.gather(*(engine.ready() for engine in self.engines)))
         return self._facts
 
+    def with_engines(self, engines: Sequence[Engine]) -> EnginePool:
+        """The same models through other engines (one trajectory's, say); what is known of them stays known."""
+        pool = EnginePool(engines)
+        if pool.names != self.names:
+            raise ConfigError(f"engines {pool.names} in place of {self.names}: expected the same models")
+        pool._facts = self._facts
+        return pool
+
 
 def make_pool(config: PoolConfig) -> EnginePool:
     """The pool that a configuration names, its models not yet loaded.

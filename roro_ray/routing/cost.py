@@ -49,6 +49,11 @@ class CostLedger:
         flops = self._flops[model] * decoded
         self._usage += Usage(tokens_out=decoded, flops=flops, flops_decode=flops)
 
+    def charge_lost(self, model: int, tokens: int) -> None:
+        """Charge a model for `tokens` that it decoded before it was gone; what it prefilled is not known."""
+        flops = self._flops[model] * tokens
+        self._usage += Usage(tokens_out=tokens, flops=flops, flops_decode=flops)
+
     def charge_verification(self, model: int, prefix_tokens: int, tokens: int) -> None:
         """Charge a verifier for reading the prefix and the `tokens` of the draft that it scores."""
         self._prefill(model, prefix_tokens)

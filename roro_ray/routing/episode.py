@@ -6,18 +6,22 @@ that is kept is continued (or taken as it is), never generated again; one that i
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from roro_ray.config import STEP_DELIMITER, EpisodeConfig
 from roro_ray.data.verify import is_correct, read_answer
-from roro_ray.engines.protocol import StepRequest, StepResult
+from roro_ray.engines.protocol import StepResult
+from roro_ray.errors import EngineUnavailableError
 from roro_ray.routing.cost import CostLedger
 from roro_ray.routing.draws import mix_seed
-from roro_ray.routing.observation import Observation, make_features, measure_confidence
+from roro_ray.routing.observation import Observation, make_features
 from roro_ray.routing.policies import Policy
-from roro_ray.types import Decision, Peek, Query, Step, Trajectory, Usage
+from roro_ray.routing.step_writer import StepWriter, certain_decision
+from roro_ray.routing.watch import EpisodeOptions
+from roro_ray.types import Query, Step, Trajectory, Usage
 
 if TYPE_CHECKING:
     from roro_ray.engines.pool import EnginePool
@@ -74,11 +78,18 @@ def find_end(steps: Sequence[Step], config: EpisodeConfig) -> str | None:
     return "step_limit" if len(steps) >= config.max_steps else None
 
 
-async def run_episode(spec: EpisodeSpec, pool: EnginePool, policy: Policy, config: EpisodeConfig) -> Trajectory:
+async def run_episode(
+    spec: EpisodeSpec,
+    pool: EnginePool,
+    policy: Policy,
+    config: EpisodeConfig,
+    options: EpisodeOptions | None = None,
+) -> Trajectory:
     """Roll out one episode.
 
     Args:
         pool: a pool that is ready (its `facts` are known).
+        options: who watches, and what to do when a model is gone; training gives none.
 
     Returns:
         the trajectory, the steps of `spec.prefix` and their usage included.
@@ -86,74 +97,70 @@ async def run_episode(spec: EpisodeSpec, pool: EnginePool, policy: Policy, confi
     Raises:
         EngineError: a model failed (`Runner` turns this into an `EpisodeFailure`).
     """
+    options = options or EpisodeOptions()
     steps = list(spec.prefix)
     prefix = make_prefix(spec.query, steps)
     ledger = CostLedger([facts.flops_per_token for facts in pool.facts], steps)
     seed = mix_seed(spec.seed, spec.query.id)
     while (end := find_end(steps, config)) is None:
+        began = time.perf_counter()
         budget = min(config.max_step_tokens, config.max_tokens - sum(step.tokens for step in steps))
-        writer = _StepWriter(pool, ledger, config.temperature, mix_seed(seed, len(steps)), prefix, budget)
-        draft = await writer.peek(policy.peek)
-        features = make_features(steps, spec.cost_weight, pool.size, draft)
-        observation = Observation(
-            spec.query, prefix, tuple(steps), spec.cost_weight, pool.size, draft, seed, features, ledger
-        )
-        decision = await policy.decide(observation)
-        step = await writer.write(decision, draft, features)
+        draws = mix_seed(seed, len(steps))
+        writer = StepWriter(pool, ledger, config.temperature, draws, prefix, budget, len(steps), options)
+        step = await _make_step(_State(spec, prefix, tuple(steps), pool.size, seed, ledger), writer, policy, options)
         steps.append(step)
         prefix += step.text + STEP_DELIMITER
+        if options.watcher is not None:
+            options.watcher.on_step(len(steps) - 1, step, time.perf_counter() - began)
+            if not options.watcher.wants_more():
+                end = find_end(steps, config) or "stop_string"
+                break
     return _make_trajectory(spec, steps, end)
 
 
-@dataclass(slots=True)
-class _StepWriter:
-    """Makes one step of an episode and charges the ledger for it."""
+@dataclass(frozen=True, slots=True)
+class _State:
+    """An episode before one of its steps."""
 
-    pool: EnginePool
-    ledger: CostLedger
-    temperature: float
-    seed: int
+    spec: EpisodeSpec
     prefix: str
-    max_tokens: int
+    steps: tuple[Step, ...]
+    pool_size: int
+    seed: int
+    ledger: CostLedger
 
-    async def _generate(self, model: int, max_tokens: int, kept_ids: tuple[int, ...] = ()) -> StepResult:
-        request = StepRequest(self.prefix, max_tokens, self.temperature, mix_seed(self.seed, model), kept_ids)
-        result = await self.pool.engines[model].generate_step(request)
-        self.ledger.charge_generation(model, result, len(kept_ids))
-        return result
-
-    async def peek(self, peek: Peek) -> StepResult | None:
-        """The part of the cheapest model's next step that the policy wants to see."""
-        if peek == Peek.NONE:
-            return None
-        return await self._generate(0, 1 if peek == Peek.FIRST_TOKEN else self.max_tokens)
-
-    async def write(self, decision: Decision, draft: StepResult | None, features: tuple[float, ...]) -> Step:
-        """The step by the model decided on, continuing the draft where that model made it."""
-        discarded = 0
-        if draft is None:
-            result = await self._generate(decision.model, self.max_tokens)
-        elif decision.model != 0:
-            discarded = len(draft.token_ids)
-            result = await self._generate(decision.model, self.max_tokens)
-        elif draft.finish == "length" and len(draft.token_ids) < self.max_tokens:
-            result = await self._generate(0, self.max_tokens, draft.token_ids)
-        else:
-            result = draft
-        tokens = len(result.token_ids)
-        confidence, confidence_min = measure_confidence(result.log_probs)
-        return Step(
-            model=decision.model,
-            text=result.text,
-            tokens=tokens,
-            confidence=confidence,
-            confidence_min=confidence_min,
-            finish=result.finish,
-            decision=decision,
-            usage=self.ledger.commit(decision.model, tokens),
-            discarded=discarded,
-            features=features,
+    def observe(self, draft: StepResult | None) -> Observation:
+        features = make_features(self.steps, self.spec.cost_weight, self.pool_size, draft)
+        return Observation(
+            self.spec.query,
+            self.prefix,
+            self.steps,
+            self.spec.cost_weight,
+            self.pool_size,
+            draft,
+            self.seed,
+            features,
+            self.ledger,
         )
+
+
+async def _make_step(state: _State, writer: StepWriter, policy: Policy, options: EpisodeOptions) -> Step:
+    """Peek, decide, write. Without the cheapest model to peek at, or without a router, a dearer model takes over."""
+    draft, degraded = None, False
+    try:
+        draft = await writer.peek(policy.peek)
+        observation = state.observe(draft)
+        decision = await policy.decide(observation)
+    except EngineUnavailableError:
+        if not options.rescue:
+            raise
+        # What cannot be asked is not guessed: the answer stays as good as it can be.
+        observation = state.observe(draft)
+        decision, degraded = certain_decision(state.pool_size - 1, state.pool_size), True
+    if options.watcher is not None:
+        options.watcher.on_decision(len(state.steps), decision, degraded)
+    step = await writer.write(decision, draft, observation.features)
+    return replace(step, degraded=True) if degraded else step
 
 
 def _make_trajectory(spec: EpisodeSpec, steps: Sequence[Step], end: str) -> Trajectory:

@@ -1,0 +1,291 @@
+"""The HTTP API: OpenAI's routes, the routing extension, and the playground. It knows no Ray.
+
+Request bodies are read raw and checked by `serve.schema`, so that whatever a client sends ends in the envelope of
+`serve.problems`; the OpenAPI document is written by hand beside the checks and tested against them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+
+from serve.access_log import AccessLog
+from serve.auth import ApiKey
+from serve.checks import check_health, explain
+from serve.choices import EndEvent, Event, StartEvent, StepEvent, TextEvent
+from serve.controls import list_models
+from serve.document import make_document
+from serve.facts import RequestFacts
+from serve.middleware import LEFT, Watch
+from serve.openapi_responses import (
+    chat_responses,
+    error_responses,
+    explain_responses,
+    health_schema,
+    info_schema,
+    json_response,
+    model_schema,
+    models_schema,
+)
+from serve.problems import ApiError, install_handlers, model_not_found, to_api_error, too_large
+from serve.responses import DONE, ChoiceResult, ChunkMaker, Head, TokenUsage, make_completion, sse, sse_error
+from serve.schema import ChatRequest, Limits, parse_chat_request, parse_explain_request
+from serve.service import Answer, RoutingService
+
+_PAGE = Path(__file__).with_name("playground.html")
+_VERSION = "0.1.0"
+
+
+@dataclass(frozen=True, slots=True)
+class ApiOptions:
+    """What the HTTP layer needs beside the service; `examples` are queries for the playground."""
+
+    limits: Limits = field(default_factory=Limits)
+    keys: Sequence[ApiKey] = ()
+    cors_origins: Sequence[str] = ()
+    playground: bool = True
+    examples: Sequence[str] = ()
+
+
+def make_api(service: RoutingService, options: ApiOptions, log: AccessLog | None = None) -> FastAPI:
+    """The ASGI application."""
+
+    @contextlib.asynccontextmanager
+    async def live(app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await service.close()
+
+    app = FastAPI(title="roro_ray", version=_VERSION, lifespan=live, docs_url=None, redoc_url=None, openapi_url=None)
+    install_handlers(app)
+    _add_answers(app, service, options)
+    _add_facts(app, service, options)
+    if options.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(options.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    app.add_middleware(Watch, keys=tuple(options.keys), metrics=service.metrics, log=log)
+    return app
+
+
+def _add_answers(app: FastAPI, service: RoutingService, options: ApiOptions) -> None:
+    @app.post("/v1/chat/completions", responses=chat_responses())
+    async def complete(request: Request) -> Response:
+        facts = _facts(request)
+        body = await _read_body(request, options.limits.max_body_bytes)
+        asked = parse_chat_request(body, request.headers, options.limits)
+        facts.model, facts.stream, facts.user = asked.model, asked.stream, asked.user or asked.safety_identifier or ""
+        if not asked.stream:
+            return JSONResponse(await _until_gone(request, _complete(service, asked, facts)))
+        # Entered here, so that a request that cannot start is an error response and not a broken stream.
+        stack = contextlib.AsyncExitStack()
+        answer = await stack.enter_async_context(service.answer(asked, facts))
+        events = _stream(service, answer, stack)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+
+    @app.post("/v1/routing/explain", responses=explain_responses())
+    async def explain_routing(request: Request) -> Response:
+        facts = _facts(request)
+        body = await _read_body(request, options.limits.max_body_bytes)
+        asked = parse_explain_request(body, request.headers, options.limits)
+        facts.model = asked.chat.model
+        return JSONResponse(await explain(service, asked, facts))
+
+
+def _add_facts(app: FastAPI, service: RoutingService, options: ApiOptions) -> None:
+    guarded = error_responses(401, 500, 503)
+
+    @app.get("/v1/models", responses={200: json_response("What can be asked for.", models_schema()), **guarded})
+    async def models() -> Response:
+        pool, routers = service.loaded()
+        return JSONResponse({"object": "list", "data": [_model(name) for name in list_models(routers, pool)]})
+
+    one = json_response("One model.", model_schema())
+
+    @app.get("/v1/models/{id}", responses={200: one, **guarded, **error_responses(404)})
+    async def model(id: str) -> Response:
+        pool, routers = service.loaded()
+        names = list_models(routers, pool)
+        if id not in names:
+            raise model_not_found(id, names)
+        return JSONResponse(_model(id))
+
+    @app.get("/v1/routing/info", responses={200: json_response("What is served.", info_schema()), **guarded})
+    async def info() -> Response:
+        return JSONResponse(_make_info(service, options))
+
+    @app.get(
+        "/healthz",
+        responses={
+            200: json_response("Every model answers.", health_schema()),
+            503: json_response("Not every model answers.", health_schema()),
+        },
+    )
+    async def health() -> Response:
+        status, found = await check_health(service)
+        return JSONResponse(found, status)
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> Response:
+        names = service.model_names()
+        return JSONResponse(make_document(app, options.limits, names))
+
+    if options.playground:
+
+        @app.get("/", include_in_schema=False)
+        async def playground() -> Response:
+            return HTMLResponse(await asyncio.to_thread(_PAGE.read_text, "utf-8"))
+
+
+def _facts(request: Request) -> RequestFacts:
+    facts: RequestFacts = request.state.facts
+    return facts
+
+
+async def _read_body(request: Request, most: int) -> bytes:
+    """The body, refused as soon as it is too long, whatever Content-Length said."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > most:
+            raise too_large(most)
+    return bytes(body)
+
+
+async def _until_gone(request: Request, work: Any) -> Any:
+    """The result of some work, which is cancelled when the client leaves."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_wait_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            _facts(request).error = "client_left"
+            raise ApiError(LEFT, "The client left before the end.", code="client_left")
+        return task.result()
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _wait_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _complete(service: RoutingService, asked: ChatRequest, facts: RequestFacts) -> dict[str, Any]:
+    texts: dict[int, str] = {}
+    steps = []
+    async with service.answer(asked, facts) as answer:
+        async for events in answer.events:
+            for event in events:
+                if isinstance(event, EndEvent):
+                    texts[event.choice] = event.text
+                elif isinstance(event, StepEvent):
+                    steps.append(event.trace)
+        steps.sort(key=lambda step: (step.choice, step.index))
+        summary = service.summarise(answer, tuple(steps) if asked.routing.trace else None)
+        choices = [ChoiceResult(i, texts[i], answer.trajectories[i].end) for i in sorted(texts)]
+        return make_completion(_make_head(service, answer), choices, _usage(answer), summary)
+
+
+async def _stream(
+    service: RoutingService, answer: Answer, stack: contextlib.AsyncExitStack
+) -> AsyncIterator[bytes]:
+    asked, facts = answer.request, answer.facts
+    made = ChunkMaker(_make_head(service, answer), asked.include_usage)
+    async with stack:
+        try:
+            yield b"".join(sse(made.start(choice)) for choice in range(asked.n))
+            async for events in answer.events:
+                chunk = b"".join(sse(data) for event in events for data in _make_chunks(made, event, asked))
+                if chunk:
+                    yield chunk
+            summary = service.summarise(answer, None)
+            if asked.include_usage or asked.routing.trace:
+                yield sse(made.summary(_usage(answer) if asked.include_usage else None, summary))
+            yield DONE
+        except (asyncio.CancelledError, GeneratorExit):
+            facts.error = "client_left"
+            raise
+        except Exception as error:  # the border: the headers are out, so the stream itself must say it
+            told = to_api_error(error, facts.request_id)
+            facts.error = told.code
+            yield sse_error(told)
+
+
+def _make_chunks(made: ChunkMaker, event: Event, asked: ChatRequest) -> list[dict[str, Any]]:
+    if isinstance(event, TextEvent):
+        return [made.text(event.choice, event.text)]
+    if isinstance(event, EndEvent):
+        return [made.finish(event.choice, event.trajectory.end)]
+    if not asked.routing.trace:
+        return []
+    return [made.step_start(event.start) if isinstance(event, StartEvent) else made.step_end(event.trace)]
+
+
+def _make_head(service: RoutingService, answer: Answer) -> Head:
+    pool, _ = service.loaded()
+    fingerprint = "-".join(facts.fingerprint[:8] for facts in pool.facts)
+    return Head(f"chatcmpl-{answer.facts.request_id}", answer.created, answer.route.name, fingerprint)
+
+
+def _usage(answer: Answer) -> TokenUsage:
+    return TokenUsage(answer.facts.tokens_in, answer.facts.tokens_out)
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "roro_ray"}
+
+
+def _make_info(service: RoutingService, options: ApiOptions) -> dict[str, Any]:
+    pool, routers = service.loaded()
+    default = routers.find(routers.default)
+    calibration = default.calibration if default is not None else None
+    points = [] if calibration is None else calibration.points
+    return {
+        "models": [
+            {"name": name, "parameters": facts.parameters, "flops_per_token": facts.flops_per_token}
+            for name, facts in zip(pool.names, pool.facts, strict=True)
+        ],
+        "routers": [facts.name for facts in routers.routers],
+        "default": default.name if default is not None else None,
+        "cost_weight": service.weight_range(),
+        "calibration": None
+        if calibration is None
+        else {
+            "queries": calibration.queries,
+            "confidence": calibration.confidence,
+            "points": [
+                {
+                    "cost_weight": point.cost_weight,
+                    **{
+                        name: [getattr(point, name).value, getattr(point, name).low, getattr(point, name).high]
+                        for name in ("large_share", "accuracy", "accuracy_gap", "flops_ratio")
+                    },
+                }
+                for point in points
+            ],
+        },
+        "limits": {
+            "max_completion_tokens": options.limits.max_completion_tokens,
+            "max_choices": options.limits.max_choices,
+            "max_text_chars": options.limits.max_text_chars,
+            "timeout_s": service.options.timeout_s,
+        },
+        "examples": list(options.examples),
+        "needs_key": bool(options.keys),
+    }
+

@@ -1,0 +1,223 @@
+"""The Serve shells: a deployment per model, one for the routers, and the HTTP ingress. Each only wires and forwards."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from roro_ray.config import ModelConfig, PoolConfig
+from roro_ray.engines.pool import make_engine
+from roro_ray.engines.protocol import ChoiceScores, EngineFacts, StepDelta, StepRequest, StepResult, stream_step
+from roro_ray.errors import ConfigError, RoroError
+from roro_ray.evaluation.calibration import check_calibration, load_calibration
+from roro_ray.routing.opinion import Opinion, RouterReading
+from roro_ray.routing.router import load_router
+from roro_ray.routing.router_policy import RouterPolicy
+from serve.access_log import AccessLog, AccessLogSettings
+from serve.api import ApiOptions, make_api
+from serve.auth import ApiKey, load_keys, parse_keys
+from serve.backend import LoadedRouters, RouterFacts, RouterList
+from serve.config import Served, ServerConfig
+from serve.metrics import RayMetrics
+from serve.recording import Recorder
+from serve.remote import ServeBackend
+from serve.schema import Limits
+from serve.service import RoutingService, ServiceOptions
+
+logger = logging.getLogger(__name__)
+_CHUNK_S = 0.0005  # for each stream under way a replica waits so long between two parts of one stream
+
+
+class ModelReplica:
+    """One model of the pool: the same engine as in a rollout worker."""
+
+    def __init__(self, model: ModelConfig, pool: PoolConfig) -> None:
+        self._engine = make_engine(model, pool)
+        self._facts: EngineFacts | None = None
+        self._streams = 0
+        self._calls = 0
+
+    async def facts(self) -> EngineFacts:
+        """Load the model and tell its facts."""
+        if self._facts is None:
+            self._facts = await self._engine.ready()
+        return self._facts
+
+    async def ping(self) -> bool:
+        """Answer: the process lives."""
+        return True
+
+    async def generate_step(self, request: StepRequest) -> StepResult:
+        """Write one step."""
+        self._calls += 1
+        try:
+            return await self._engine.generate_step(request)
+        finally:
+            self._calls -= 1
+
+    async def score_choices(self, prefix: str, choices: tuple[str, ...]) -> ChoiceScores:
+        """Score continuations."""
+        return await self._engine.score_choices(prefix, choices)
+
+    async def stream_step(self, request: StepRequest) -> AsyncIterator[list[StepDelta | StepResult]]:
+        """Write one step and tell it in parts; the more streams, the more tokens travel in one part.
+
+        Every part costs about as much as a token of a small model, so that 500 streams of single tokens would keep
+        the machine busy with parts alone.
+        """
+        self._streams += 1
+        try:
+            async with aclosing(stream_step(self._engine, request)) as parts:
+                async for part in parts:
+                    yield [part]
+                    if self._streams > 1 and isinstance(part, StepDelta):
+                        await asyncio.sleep(_CHUNK_S * self._streams)
+        finally:
+            self._streams -= 1
+
+    async def active(self) -> dict[str, int]:
+        """Work in hand: calls, streams, and rows in the engine."""
+        return {"calls": self._calls, "streams": self._streams, "rows": getattr(self._engine, "active", 0)}
+
+
+class RouterReplica:
+    """Router networks of several versions, micro-batched; `user_config` brings new ones in while it answers.
+
+    Args:
+        directory: the router that is served first.
+        fingerprints: of the pool, in which a calibration must have been made.
+    """
+
+    def __init__(self, directory: str, pool: PoolConfig) -> None:
+        self._pool = pool
+        self._loaded = LoadedRouters()
+        self._first = directory
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Load the routers that `user_config` names (`{"routers": [DIRECTORY, ..]}`); the last one becomes the default.
+
+        Versions loaded before stay for the trajectories that use them.
+
+        Raises:
+            ConfigError: not such a mapping, or two directories hold different routers of one version.
+            CheckpointError: a directory holds no router for this pool. What was loaded goes on.
+        """
+        unknown = sorted(set(user_config) - {"routers"})
+        directories = user_config.get("routers", [])
+        if unknown or not isinstance(directories, list) or not all(isinstance(item, str) for item in directories):
+            raise ConfigError(
+                f"user_config of the router: got {user_config!r}, expected {{'routers': [DIRECTORY, ..]}} with "
+                "directories that save_router wrote, the newest last"
+            )
+        await asyncio.to_thread(self._load, directories or [self._first])
+
+    def _load(self, directories: list[str]) -> None:
+        found = [self._read(Path(directory)) for directory in directories]
+        versions = [facts.version for _, facts in found]
+        for version in versions:
+            if versions.count(version) > 1:
+                raise ConfigError(f"user_config of the router: two of {directories} have version {version}: give one")
+        for policy, facts in found:
+            self._loaded.add(policy, facts)
+        logger.info("routers loaded: %s", ", ".join(facts.name for _, facts in found))
+
+    def _read(self, directory: Path) -> tuple[RouterPolicy, RouterFacts]:
+        network = load_router(directory, len(self._pool.models))
+        policy = RouterPolicy(network)
+        calibration, problem = None, None
+        try:
+            calibration = load_calibration(directory)
+        except RoroError as error:
+            problem = str(error)
+        if calibration is not None and calibration.router_version != policy.version:
+            try:
+                check_calibration(calibration, calibration.pool, policy.version)
+            except RoroError as error:
+                calibration, problem = None, str(error)
+        return policy, RouterFacts(policy.version, policy.peek, calibration, problem)
+
+    async def describe(self) -> RouterList:
+        """What is loaded."""
+        return await self._loaded.describe()
+
+    async def ping(self) -> bool:
+        """Answer: the process lives."""
+        return True
+
+    async def judge_reading(self, version: int, reading: RouterReading) -> Opinion:
+        """The opinion of one version."""
+        return await self._loaded.judge_reading(version, reading)
+
+
+class IngressReplica:
+    """The HTTP API on top of the other deployments."""
+
+    def __init__(self, served: Served, models: dict[str, DeploymentHandle], router: DeploymentHandle) -> None:
+        config = served.config
+        metrics = RayMetrics(list(models))
+        replica = serve.get_replica_context().replica_id.unique_id
+        backend = ServeBackend(models, router, config.rescue, metrics)
+        recorder = _make_recorder(config, replica, metrics)
+        options = ServiceOptions(
+            episode=served.episode,
+            timeout_s=config.answer.timeout_s,
+            max_concurrent=config.answer.max_concurrent,
+            max_queue=config.answer.max_queue,
+            cost_weight=config.cost_weight,
+            chat_template=config.answer.chat_template,
+        )
+        self._service = RoutingService(backend, options, metrics, recorder)
+        self._api = ApiOptions(
+            limits=make_limits(served),
+            keys=read_keys(config),
+            cors_origins=config.security.cors_origins,
+            playground=config.security.playground,
+            examples=served.examples,
+        )
+        self._log = AccessLog(AccessLogSettings(path=config.access_log), replica)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return make_api(self._service, self._api, self._log)
+
+
+def make_limits(served: Served) -> Limits:
+    """What one request may ask for."""
+    answer, episode = served.config.answer, served.episode
+    return Limits(
+        max_body_bytes=answer.max_body_bytes,
+        max_messages=answer.max_messages,
+        max_text_chars=answer.max_text_chars,
+        max_completion_tokens=answer.max_completion_tokens or episode.max_tokens,
+        max_choices=answer.max_choices,
+        default_temperature=answer.temperature if answer.temperature >= 0 else episode.temperature,
+    )
+
+
+def read_keys(config: ServerConfig) -> tuple[ApiKey, ...]:
+    """The API keys of the file and of the settings."""
+    security = config.security
+    from_file = load_keys(security.key_file) if security.key_file else ()
+    return (*from_file, *parse_keys(security.key_hashes))
+
+
+def _make_recorder(config: ServerConfig, replica: str, metrics: RayMetrics) -> Recorder | None:
+    recording = config.recording
+    if not recording.directory:
+        return None
+    return Recorder(
+        recording.directory,
+        replica,
+        recording.flush_every,
+        recording.flush_s,
+        recording.redact,
+        max_mb=recording.max_mb,
+        metrics=metrics,
+    )

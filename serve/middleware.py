@@ -1,0 +1,99 @@
+"""Around every request: its id, its key, its line in the access log and its counts; and no page of another site.
+
+Written as plain ASGI, since the framework's own middleware class reads streams through a buffer and hides from a
+handler that its client has left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.access_log import AccessLog, make_request_id
+from serve.auth import ApiKey, authenticate
+from serve.facts import RequestFacts
+from serve.metrics import Metrics
+from serve.problems import REQUEST_ID_HEADER, ApiError, error_response
+
+LEFT = 499  # the status in our log of a client that left before the end
+_GUARDED = "/v1/"
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "content-security-policy": _POLICY,
+    "cache-control": "no-store",
+}
+
+
+@dataclass
+class Watch:
+    """The middleware: put it round the app.
+
+    Args:
+        keys: keys that open `/v1/`; none: it is open.
+        log: None keeps no access log.
+    """
+
+    app: ASGIApp
+    keys: Sequence[ApiKey]
+    metrics: Metrics
+    log: AccessLog | None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        client = scope.get("client")
+        facts = RequestFacts(
+            request_id=make_request_id(headers.get(REQUEST_ID_HEADER)),
+            endpoint=scope["path"],
+            client=client[0] if client else "",
+            status=LEFT,
+        )
+        scope.setdefault("state", {})
+        scope["state"]["facts"], scope["state"]["request_id"] = facts, facts.request_id
+        began = time.perf_counter()
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                facts.status = message["status"]
+                shown = MutableHeaders(scope=message)
+                shown[REQUEST_ID_HEADER] = facts.request_id
+                for name, value in _HEADERS.items():
+                    shown.setdefault(name, value)
+            await send(message)
+
+        try:
+            await self._guarded(scope, receive, answer, headers, facts)
+        except asyncio.CancelledError:
+            facts.status, facts.error = LEFT, "client_left"
+            raise
+        finally:
+            facts.duration_ms = 1000 * (time.perf_counter() - began)
+            route = scope.get("route")
+            facts.endpoint = getattr(route, "path", facts.endpoint)
+            self.metrics.observe_request(facts)
+            if self.log is not None:
+                self.log.write(facts)
+
+    async def _guarded(
+        self, scope: Scope, receive: Receive, send: Send, headers: Headers, facts: RequestFacts
+    ) -> None:
+        if scope["path"].startswith(_GUARDED) and scope["method"] != "OPTIONS":
+            try:
+                facts.key_name = authenticate(headers.get("authorization"), self.keys)
+            except ApiError as error:
+                facts.error = error.code
+                await error_response(error, facts.request_id)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
