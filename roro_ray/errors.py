@@ -34,6 +34,10 @@ class EngineError(RoroError, RuntimeError):
     """An engine could not load its model or generate a step."""
 
 
+class EngineUnavailableError(EngineError):
+    """The model's process died, is loading or cannot be reached: another replica or model may still answer."""
+
+
 class TrainingError(RoroError, RuntimeError):
     """A training failed more often than it may be restarted, or ended without a result."""
 

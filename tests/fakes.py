@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 from roro_ray.config import STEP_DELIMITER
 from roro_ray.engines.pool import EnginePool
-from roro_ray.engines.protocol import ChoiceScores, EngineFacts, StepRequest, StepResult
-from roro_ray.errors import EngineError
+from roro_ray.engines.protocol import ChoiceScores, EngineFacts, StepDelta, StepRequest, StepResult
+from roro_ray.errors import EngineError, EngineUnavailableError
 from roro_ray.types import Query
 
 Writer = Callable[[str], str]
@@ -36,7 +37,9 @@ class ScriptedEngine:
 
     A step ends with one delimiter token, an answer with one end token. `confidence` gives the probability of
     each of a step's tokens, `approval` what `score_choices` finds of a continuation's tokens. `delay_s` makes
-    it slow, `fails` raises on the requests for which it is true, `hangs` never answers them.
+    it slow (spread over the tokens of a streamed step), `fails` raises on the requests for which it is true, `hangs`
+    never answers them; `dies` gives the number of tokens (None: never) after which the engine is unavailable for a
+    prefix. `active` counts the steps that are being written.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class ScriptedEngine:
         delay_s: float = 0.0,
         fails: Callable[[str], bool] = lambda prefix: False,
         hangs: Callable[[str], bool] = lambda prefix: False,
+        dies: Callable[[str], int | None] = lambda prefix: None,
     ) -> None:
         self.name = name
         self.write = write or write_notes()
@@ -63,6 +67,8 @@ class ScriptedEngine:
         self.delay_s = delay_s
         self.fails = fails
         self.hangs = hangs
+        self.dies = dies
+        self.active = 0
         self.requests: list[StepRequest] = []
         self.scored: list[tuple[str, str]] = []
         self._vocabulary: dict[str, int] = {}
@@ -80,6 +86,9 @@ class ScriptedEngine:
 
     async def _behave(self, prefix: str) -> None:
         await asyncio.sleep(self.delay_s)
+        await self._misbehave(prefix)
+
+    async def _misbehave(self, prefix: str) -> None:
         if self.hangs(prefix):
             await asyncio.Event().wait()
         if self.fails(prefix):
@@ -87,7 +96,45 @@ class ScriptedEngine:
 
     async def generate_step(self, request: StepRequest) -> StepResult:
         self.requests.append(request)
-        await self._behave(request.prefix)
+        with self._counted():
+            await self._behave(request.prefix)
+            result, _ = self._compose(request)
+            self._die(request, len(result.token_ids) - len(request.kept_ids))
+        return result
+
+    async def stream_step(self, request: StepRequest) -> AsyncIterator[StepDelta | StepResult]:
+        """One delta for each token that is not kept, then the result."""
+        self.requests.append(request)
+        kept = len(request.kept_ids)
+        with self._counted():
+            await self._misbehave(request.prefix)
+            result, pieces = self._compose(request)
+            written, told = "".join(pieces[:kept]), len("".join(pieces[:kept]))
+            for count, (token, piece) in enumerate(zip(result.token_ids[kept:], pieces[kept:], strict=True)):
+                await asyncio.sleep(self.delay_s / (len(pieces) - kept))
+                self._die(request, count)
+                written += piece
+                new = written.rstrip("\n")[told:]  # a newline may be the beginning of a delimiter
+                told += len(new)
+                yield StepDelta((token,), new)
+            self._die(request, len(pieces) - kept)
+        yield result
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        self.active += 1
+        try:
+            yield
+        finally:
+            self.active -= 1
+
+    def _die(self, request: StepRequest, tokens: int) -> None:
+        limit = self.dies(request.prefix)
+        if limit is not None and tokens >= limit:
+            raise EngineUnavailableError(f"engine {self.name!r} was told to die after {limit} tokens")
+
+    def _compose(self, request: StepRequest) -> tuple[StepResult, list[str]]:
+        """The step, and the text of each of its tokens (none for delimiter and end)."""
         text = self.write(request.prefix)
         final = text.startswith("Answer: ")
         pieces = [*self.split(text), END if final else STEP_DELIMITER]
@@ -96,14 +143,16 @@ class ScriptedEngine:
         ids = tuple(self._vocabulary.setdefault(piece, len(self._vocabulary)) for piece in pieces)
         assert ids[: len(request.kept_ids)] == request.kept_ids, "the peek handed back is not this step's beginning"
         probability = self.confidence(request.prefix) if callable(self.confidence) else self.confidence
-        return StepResult(
-            text="".join(piece for piece in pieces if piece not in (END, STEP_DELIMITER)),
+        texts = ["" if piece in (END, STEP_DELIMITER) else piece for piece in pieces]
+        result = StepResult(
+            text="".join(texts),
             token_ids=ids,
             log_probs=(math.log(probability),) * len(ids),
             finish="length" if cut else "stop" if final else "delimiter",
             prefix_tokens=len(self.split(request.prefix)),
             first_entropy=self.entropy,
         )
+        return result, texts
 
     async def score_choices(self, prefix: str, choices: tuple[str, ...]) -> ChoiceScores:
         self.scored += [(prefix, choice) for choice in choices]

@@ -3,7 +3,8 @@
 A batch goes off when the event loop has nothing else to run (so that every episode that can ask has asked) or when
 it is full; while the worker computes, the loop gathers the next one. Answers go back as they come, each to the loop
 that asked, so the same batcher serves one event loop after another, or several. Cancelled callers leave no work
-behind; a batch that fails fails its own callers only.
+behind; a batch that fails fails its own callers only. A request may carry a sink, where the worker hands parts of the
+answer while it is made.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Job(Generic[Q, R]):
     waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[R]]] = field(default_factory=list)
     done: bool = False
     state: object = None  # the worker's own, kept while the job is put back
+    sink: object = None  # where the worker hands parts of the answer, if the caller wants them
 
     @property
     def is_abandoned(self) -> bool:
@@ -100,6 +102,12 @@ class MicroBatcher(Generic[Q, R]):
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
         self.merged = 0
         self.cancelled = 0
+        self._open = 0
+
+    @property
+    def active(self) -> int:
+        """Computations that are waited for, being made, or given up and not yet cleared away."""
+        return self._open
 
     @property
     def pending(self) -> int:
@@ -108,24 +116,37 @@ class MicroBatcher(Generic[Q, R]):
 
     async def submit(self, request: Q, key: Hashable | None = None) -> R:
         """The answer to one request; requests with the same key share one computation."""
+        future = self.enqueue(request, key)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+
+    def enqueue(self, request: Q, key: Hashable | None = None, sink: object = None) -> asyncio.Future[R]:
+        """The answer to come; whoever no longer wants it must `abandon` it. A request with a sink needs no key."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[R] = loop.create_future()
         with self._lock:
             job = self._by_key.get(key) if key is not None else None
             if job is None:
-                job = Job[Q, R](request, key)
+                job = Job[Q, R](request, key, sink=sink)
                 self._pending.append(job)
+                self._open += 1
                 if key is not None:
                     self._by_key[key] = job
             else:
                 self.merged += 1
             job.waiters.append((loop, future))
         self._gather(loop)
-        try:
-            return await future
-        except asyncio.CancelledError:
+        return future
+
+    def abandon(self, future: asyncio.Future[R]) -> None:
+        """No longer wait for an answer (event loop); nothing happens where it has come."""
+        if future.cancel():
             self.cancelled += 1
-            raise
+        elif not future.cancelled():
+            future.exception()  # so that the loop does not report an error that nobody took
 
     def answer(self, results: list[tuple[Job[Q, R], R]]) -> None:
         """Give results to all who wait for them (worker thread)."""
@@ -211,6 +232,8 @@ class MicroBatcher(Generic[Q, R]):
                 loop.call_soon_threadsafe(_settle, settled)
 
     def _close(self, job: Job[Q, R]) -> None:
+        if not job.done:
+            self._open -= 1
         job.done = True
         if job.key is not None and self._by_key.get(job.key) is job:
             del self._by_key[job.key]

@@ -174,7 +174,8 @@ class StepDecoder:
     def _choose(self, rows: list[Row], logits_BV: torch.Tensor) -> torch.Tensor:
         """Append the next token and its log-probability to every row."""
         counters = [len(row.ids) - row.start for row in rows]
-        tokens_B = draw_tokens(logits_BV, [row.temperature for row in rows], [row.key for row in rows], counters)
+        temperatures, keys = [row.temperature for row in rows], [row.key for row in rows]
+        tokens_B = draw_tokens(logits_BV, temperatures, keys, counters, [row.top_p for row in rows])
         log_probs_B = torch.log_softmax(logits_BV.float(), -1).gather(1, tokens_B[:, None]).squeeze(1)
         for row, token, log_prob in zip(rows, tokens_B.tolist(), log_probs_B.tolist(), strict=True):
             row.ids.append(token)

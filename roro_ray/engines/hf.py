@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,9 +18,11 @@ from roro_ray.engines.batching import Job, MicroBatcher, Turn
 from roro_ray.engines.decoding import DecodeStats, StepDecoder
 from roro_ray.engines.loading import LoadedModel, load_model, resolve_model_path
 from roro_ray.engines.memo import GreedyMemo, ScoreMemo
-from roro_ray.engines.protocol import ChoiceScores, EngineFacts, StepRequest, StepResult
+from roro_ray.engines.protocol import ChoiceScores, EngineFacts, StepDelta, StepRequest, StepResult
 from roro_ray.engines.rows import Row
 from roro_ray.engines.sampling import make_stream_key
+from roro_ray.engines.scoring import ScoreRequest, ScoreRows, read_choices
+from roro_ray.engines.streaming import StepStream, hand_over
 from roro_ray.engines.text import StepText
 from roro_ray.errors import EngineError
 
@@ -29,14 +31,6 @@ __all__ = ["EngineStats", "HfEngine", "resolve_model_path"]
 _TURNS: dict[str, Turn] = {}  # of the devices of this process
 _LEAST_TOKENS = 1 << 15  # rows x columns of a batch where cache_mb would allow fewer
 _TAIL_SHARE = 4  # a batch shrunk below 1/4 makes way for waiting requests
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreRequest:
-    """Ask for the probabilities of given continuations of a prefix."""
-
-    prefix: str
-    choices: tuple[str, ...]
 
 
 @dataclass(slots=True)
@@ -93,6 +87,11 @@ class HfEngine:
         decoded = asdict(self._decoder.stats) if self._facts is not None else {}
         return EngineStats(requests=self._requests, memo_hits=self._memo_hits, merged=self._batcher.merged, **decoded)
 
+    @property
+    def active(self) -> int:
+        """Requests that wait or are being computed; one that was given up counts until its row is free."""
+        return self._batcher.active
+
     async def ready(self) -> EngineFacts:
         """Load the model; again at no cost.
 
@@ -108,6 +107,41 @@ class HfEngine:
         Raises:
             EngineError: the request is malformed or longer than the model's positions, or its batch failed.
         """
+        known = await self._admit(request)
+        if known is not None:
+            return known
+        result = await self._batcher.submit(request, key=request)
+        assert isinstance(result, StepResult)
+        return result
+
+    async def stream_step(self, request: StepRequest) -> AsyncIterator[StepDelta | StepResult]:
+        """Write one step and tell it meanwhile: deltas, then the result of `generate_step`.
+
+        Streamed steps share batches with all others. A consumer that is slower than the model gets fewer, longer
+        deltas; a step that the memo knows comes as its result alone. Closing the iterator frees the step's row
+        after the forward pass that runs at the moment.
+
+        Raises:
+            EngineError: as `generate_step`.
+        """
+        known = await self._admit(request)
+        if known is not None:
+            yield known
+            return
+        stream = StepStream(self._text, request.kept_ids)
+        # No key: a step shared with others could not be told to each from its beginning.
+        answer = self._batcher.enqueue(request, sink=stream)
+        try:
+            while (delta := await stream.next_delta(answer)) is not None:
+                yield delta
+            result = answer.result()
+        finally:
+            self._batcher.abandon(answer)
+        assert isinstance(result, StepResult)
+        yield result
+
+    async def _admit(self, request: StepRequest) -> StepResult | None:
+        """Check and count a request; gives its result where the memo knows it."""
         if self._facts is None:
             await self.ready()
         self._requests += 1
@@ -116,13 +150,15 @@ class HfEngine:
                 f"engine {self.name}: max_tokens={request.max_tokens} with {len(request.kept_ids)} kept ids: expected "
                 "at least 1 and at least the number of kept ids, since it bounds the whole step"
             )
+        if not 0 < request.top_p <= 1:
+            raise EngineError(
+                f"engine {self.name}: top_p={request.top_p}: expected a number above 0 and at most 1 (1 samples from "
+                "the whole distribution, temperature=0 takes the most probable token)"
+            )
         known = self._memo.find(request)
         if known is not None:
             self._memo_hits += 1
-            return known
-        result = await self._batcher.submit(request, key=request)
-        assert isinstance(result, StepResult)
-        return result
+        return known
 
     async def score_choices(self, prefix: str, choices: tuple[str, ...]) -> ChoiceScores:
         """Score given continuations of a prefix; an empty one has log-probability 0 and no tokens.
@@ -181,6 +217,8 @@ class HfEngine:
     def _decode(self, jobs: list[EngineJob]) -> None:
         job_of = {id(row): job for job, row in zip(jobs, self._make_rows(jobs), strict=True) if row is not None}
         rows = [job.state for job in job_of.values() if isinstance(job.state, Row)]
+        streams = [(job_of[id(row)].sink, row) for row in rows]
+        streamed = [(stream, row) for stream, row in streams if isinstance(stream, StepStream)]
         cancelled = self._batcher.cancelled
 
         def on_finish(finished: list[Row]) -> None:
@@ -188,10 +226,13 @@ class HfEngine:
 
         def keep(alive: list[Row]) -> list[Row]:
             nonlocal cancelled
+            if streamed:
+                hand_over(streamed)
             if self._batcher.cancelled != cancelled:
                 cancelled = self._batcher.cancelled
-                wanted = set(map(id, self._batcher.drop_abandoned([job_of[id(row)] for row in alive])))
-                alive = [row for row in alive if id(job_of[id(row)]) in wanted]
+                # Of all rows, since those of a later chunk would otherwise be computed for nobody.
+                self._batcher.drop_abandoned([job for job in job_of.values() if not job.done])
+            alive = [row for row in alive if not job_of[id(row)].done]
             if _TAIL_SHARE * len(alive) > len(rows) or self._batcher.pending < _TAIL_SHARE * len(alive):
                 return alive
             # A few long steps would hold up many waiting ones: they go on in the next batch.
@@ -209,7 +250,7 @@ class HfEngine:
             whole = [*ids, *request.kept_ids]
             if self._fits(job, whole, len(ids) + request.max_tokens):
                 key = make_stream_key(request.seed, request.prefix)
-                job.state = Row(whole, len(ids), request.max_tokens, request.temperature, key)
+                job.state = Row(whole, len(ids), request.max_tokens, request.temperature, key, request.top_p)
         return [job.state if isinstance(job.state, Row) else None for job in jobs]
 
     def _fits(self, job: EngineJob, ids: list[int], length: int) -> bool:
@@ -247,33 +288,13 @@ class HfEngine:
 
     def _score(self, jobs: list[EngineJob]) -> None:
         encoded = self._text.encode([job.request.prefix for job in jobs])
-        rows: dict[tuple[int, ...], Row] = {}
+        rows = ScoreRows()
         wanted: list[tuple[EngineJob, int, list[tuple[Row | None, int]]]] = []
         for job, prefix in zip(jobs, encoded, strict=True):
             assert isinstance(job.request, ScoreRequest)
             choices = [self._text.encode_continuation(job.request.prefix, prefix, c) for c in job.request.choices]
             whole = [*prefix, *itertools.chain(*choices)]
             if self._fits(job, whole, len(prefix) + max(map(len, choices), default=0)):
-                wanted.append((job, len(prefix), [_add_choice(rows, prefix, choice) for choice in choices]))
-        self._decoder.score(list(rows.values()))
-        answers: list[tuple[EngineJob, Result]] = []
-        for job, length, found in wanted:
-            logs = [[*row.log_probs, row.alternatives[last]] if row else [] for row, last in found]
-            scores = ChoiceScores(
-                log_probs=tuple(map(sum, logs)),
-                tokens=tuple(map(len, logs)),
-                min_log_probs=tuple(min(values, default=0.0) for values in logs),
-                prefix_tokens=length,
-            )
-            answers.append((job, scores))
-        self._batcher.answer(answers)
-
-
-def _add_choice(rows: dict[tuple[int, ...], Row], prefix: list[int], choice: list[int]) -> tuple[Row | None, int]:
-    """The row that reads all but a choice's last token (choices that part there only share it), and that token."""
-    if not choice:
-        return None, 0
-    read = (*prefix, *choice[:-1])
-    row = rows.setdefault(read, Row(list(read), len(prefix), max_tokens=len(choice) - 1))
-    row.alternatives[choice[-1]] = 0.0
-    return row, choice[-1]
+                wanted.append((job, len(prefix), [rows.add(prefix, choice) for choice in choices]))
+        self._decoder.score(rows.rows)
+        self._batcher.answer([(job, read_choices(length, found)) for job, length, found in wanted])

@@ -25,6 +25,7 @@ class Row:
     max_tokens: int
     temperature: float = 0.0
     key: int = 0
+    top_p: float = 1.0
     log_probs: list[float] = field(default_factory=list)
     alternatives: dict[int, float] = field(default_factory=dict)
     first_entropy: float = math.nan

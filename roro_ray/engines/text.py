@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from roro_ray.config import STEP_DELIMITER
 from roro_ray.errors import EngineError
 
+HALF_CHARACTER = "\ufffd"  # what tokenizers render bytes as that make no character (yet)
+
 
 class StepText:
     """One tokenizer, its end-of-sequence ids and the vocabulary size of the model that it feeds."""
@@ -58,6 +60,18 @@ class StepText:
         """The text of token ids, special tokens written out (a model's own markers are part of its text)."""
         text = self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return str(text)
+
+    def certain(self, ids: Sequence[int]) -> str:
+        """What no further token can change of the text of an unfinished step.
+
+        Bytes that are not yet a character are rendered as replacement characters at the end, and the beginning of a
+        delimiter may become one: both are left out.
+        """
+        text = self.render(ids).split(STEP_DELIMITER, 1)[0].rstrip(HALF_CHARACTER)
+        for length in range(len(STEP_DELIMITER) - 1, 0, -1):
+            if text.endswith(STEP_DELIMITER[:length]):
+                return text[:-length]
+        return text
 
     def end(self, ids: Sequence[int], max_tokens: int) -> tuple[str, str] | None:
         """(finish, text) of a step that ends with its last token, or None where it goes on."""
