@@ -13,6 +13,7 @@ import re
 import secrets
 import sys
 import uuid
+from contextlib import suppress
 from datetime import UTC, datetime
 from hashlib import blake2b
 from logging.handlers import RotatingFileHandler
@@ -86,7 +87,8 @@ class AccessLog:
 
     def close(self) -> None:
         """Close the file."""
-        self._handler.close()
+        with suppress(OSError):  # what a full disk did not take is lost, as it was counted
+            self._handler.close()
 
     def _hash_user(self, user: str) -> str | None:
         return blake2b(user.encode(errors="replace"), key=self._key, digest_size=8).hexdigest() if user else None

@@ -205,7 +205,7 @@ class MemoryMetrics(Metrics):
             else:
                 place = bisect_left(instrument.bounds, value)
                 bound = f"{instrument.bounds[place]:g}" if place < len(instrument.bounds) else "+Inf"
-                self._values[f"{name}_bucket", (*key, ("le", bound))] += 1
+                self._values[f"{name}_bucket", tuple(sorted((*key, ("le", bound))))] += 1
                 self._values[f"{name}_sum", key] += value
                 self._values[f"{name}_count", key] += 1
 

@@ -176,6 +176,8 @@ class Recorder:
         return False
 
     def _lose(self, count: int, reason: str, error: Exception) -> None:
+        if not count:
+            return
         self._drop(count, reason)
         now = time.monotonic()
         if now - self._warned_at >= _WARN_EVERY_S:
