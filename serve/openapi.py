@@ -1,8 +1,8 @@
 """The request side of the OpenAPI document: JSON Schemas of exactly what `schema` accepts.
 
-The routes read the raw body, so the framework cannot derive these. What JSON Schema cannot say is left to the texts: the
-total length of a conversation, that a header and the body agree, and that max_tokens and max_completion_tokens may both
-be given where they are equal.
+The routes read the raw body, so the framework cannot derive these. What JSON Schema cannot say is left to the texts:
+the total length of a conversation, that a header and the body agree, and that max_tokens and max_completion_tokens may
+both be given where they are equal.
 """
 
 from __future__ import annotations

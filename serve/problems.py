@@ -214,5 +214,5 @@ def install_handlers(app: FastAPI) -> None:
                 logger.error("request %s failed", request_id, exc_info=error)
         return error_response(told, request_id)
 
-    for kind in (RoroError, HTTPException, RequestValidationError, Exception):
+    for kind in (RoroError, TimeoutError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, on_error)
