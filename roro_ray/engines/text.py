@@ -35,6 +35,10 @@ class StepText:
         self.may_end = [not characters.isdisjoint(piece) for piece in pieces] + [False] * (vocabulary - len(pieces))
         for token in self._eos_ids:
             self.may_end[token] = True
+        # Tokenizers with byte fallback render a run of byte tokens as characters only if the whole run is valid.
+        # This byte never is: rendered behind a step, it shows which characters a later byte could still undo.
+        spoiler = tokenizer.get_vocab().get("<0xFF>")
+        self._spoiler = [spoiler] if spoiler is not None and self.render([spoiler]) == HALF_CHARACTER else []
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of whole texts, with whatever the tokenizer puts in front of a text; never empty."""
@@ -67,7 +71,7 @@ class StepText:
         Bytes that are not yet a character are rendered as replacement characters at the end, and the beginning of a
         delimiter may become one: both are left out.
         """
-        text = self.render(ids).split(STEP_DELIMITER, 1)[0].rstrip(HALF_CHARACTER)
+        text = self.render([*ids, *self._spoiler]).split(STEP_DELIMITER, 1)[0].rstrip(HALF_CHARACTER)
         for length in range(len(STEP_DELIMITER) - 1, 0, -1):
             if text.endswith(STEP_DELIMITER[:length]):
                 return text[:-length]
