@@ -46,13 +46,17 @@ _VERSION = "0.1.0"
 
 @dataclass(frozen=True, slots=True)
 class ApiOptions:
-    """What the HTTP layer needs beside the service; `examples` are queries for the playground."""
+    """What the HTTP layer needs beside the service.
+
+    `examples` are queries for the playground; `tells_id` is false where a proxy tells the request's id itself.
+    """
 
     limits: Limits = field(default_factory=Limits)
     keys: Sequence[ApiKey] = ()
     cors_origins: Sequence[str] = ()
     playground: bool = True
     examples: Sequence[str] = ()
+    tells_id: bool = True
 
 
 def make_api(service: RoutingService, options: ApiOptions, log: AccessLog | None = None) -> FastAPI:
@@ -76,7 +80,9 @@ def make_api(service: RoutingService, options: ApiOptions, log: AccessLog | None
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    app.add_middleware(Watch, keys=tuple(options.keys), metrics=service.metrics, log=log)
+    app.add_middleware(
+        Watch, keys=tuple(options.keys), metrics=service.metrics, log=log, tells_id=options.tells_id
+    )
     return app
 
 

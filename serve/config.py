@@ -88,6 +88,7 @@ class ServerConfig:
     cost_weight: float = -1.0  # default of a request; -1: the middle of the range that the router was trained on
     host: str = "127.0.0.1"  # of `python -m serve`; a YAML deployment sets http_options
     port: int = 8000
+    haproxy: bool = False  # HAProxy in front: more requests a second, and two more ports on all interfaces
     memo_entries: int = 0  # greedy steps remembered per model; 0: every answer is computed
     access_log: str = ""  # a file; empty: the replica's log
     pool: PoolConfig | None = None  # in place of the run's

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fastapi import FastAPI
 from ray import serve
@@ -21,7 +21,7 @@ from roro_ray.evaluation.calibration import check_calibration, load_calibration
 from roro_ray.routing.opinion import Opinion, RouterReading
 from roro_ray.routing.router import load_router
 from roro_ray.routing.router_policy import RouterPolicy
-from serve.access_log import AccessLog, AccessLogSettings
+from serve.access_log import AccessLog
 from serve.api import ApiOptions, make_api
 from serve.auth import ApiKey, load_keys, parse_keys
 from serve.backend import LoadedRouters, RouterFacts, RouterList
@@ -75,7 +75,8 @@ class ModelReplica:
         """
         self._streams += 1
         try:
-            async with aclosing(stream_step(self._engine, request)) as parts:
+            stream = cast("AsyncGenerator[StepDelta | StepResult, None]", stream_step(self._engine, request))
+            async with aclosing(stream) as parts:
                 async for part in parts:
                     yield [part]
                     if self._streams > 1 and isinstance(part, StepDelta):
@@ -160,7 +161,7 @@ class RouterReplica:
 class IngressReplica:
     """The HTTP API on top of the other deployments."""
 
-    def __init__(self, served: Served, models: dict[str, DeploymentHandle], router: DeploymentHandle) -> None:
+    def __init__(self, served: Served, models: dict[str, DeploymentHandle[Any]], router: DeploymentHandle[Any]) -> None:
         config = served.config
         metrics = RayMetrics(list(models))
         replica = serve.get_replica_context().replica_id.unique_id
@@ -181,8 +182,9 @@ class IngressReplica:
             cors_origins=config.security.cors_origins,
             playground=config.security.playground,
             examples=served.examples,
+            tells_id=False,
         )
-        self._log = AccessLog(AccessLogSettings(path=config.access_log), replica)
+        self._log = AccessLog(config.access_log, replica)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return make_api(self._service, self._api, self._log)

@@ -41,12 +41,14 @@ class Watch:
     Args:
         keys: keys that open `/v1/`; none: it is open.
         log: None keeps no access log.
+        tells_id: whether to answer with the request's id; Serve's proxy does so itself.
     """
 
     app: ASGIApp
     keys: Sequence[ApiKey]
     metrics: Metrics
     log: AccessLog | None
+    tells_id: bool = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -68,7 +70,10 @@ class Watch:
             if message["type"] == "http.response.start":
                 facts.status = message["status"]
                 shown = MutableHeaders(scope=message)
-                shown[REQUEST_ID_HEADER] = facts.request_id
+                if self.tells_id:
+                    shown[REQUEST_ID_HEADER] = facts.request_id
+                elif REQUEST_ID_HEADER in shown:
+                    del shown[REQUEST_ID_HEADER]
                 for name, value in _HEADERS.items():
                     shown.setdefault(name, value)
             await send(message)

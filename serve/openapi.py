@@ -28,8 +28,13 @@ Schema = dict[str, Any]
 _NO_NUL = "^[^\\u0000]*$"
 
 
-def chat_request_schema(limits: Limits, names: Sequence[str] = ()) -> Schema:
-    """The body of POST /v1/chat/completions; `names` are the models that can be asked for (any string without)."""
+def chat_request_schema(limits: Limits, names: Sequence[str] = (), models: Sequence[str] = ()) -> Schema:
+    """The body of POST /v1/chat/completions.
+
+    Args:
+        names: what `model` can be; any string without.
+        models: the pool's, which `routing.force` can name; any string without.
+    """
     properties: Schema = {
         "model": _name(names, MAX_MODEL_CHARS),
         "messages": {
@@ -41,7 +46,7 @@ def chat_request_schema(limits: Limits, names: Sequence[str] = ()) -> Schema:
         },
         "temperature": _nullable("number", minimum=0, maximum=MAX_TEMPERATURE, default=limits.default_temperature),
         "top_p": _nullable("number", exclusiveMinimum=0, maximum=1, default=1),
-        "seed": _nullable("integer", minimum=-MAX_SEED - 1, maximum=MAX_SEED),
+        "seed": _nullable("integer", minimum=-MAX_SEED, maximum=MAX_SEED),
         "n": _nullable("integer", minimum=1, maximum=limits.max_choices, default=1),
         "stop": _stop(limits),
         "max_tokens": _nullable("integer", minimum=1, maximum=limits.max_completion_tokens, deprecated=True),
@@ -58,7 +63,7 @@ def chat_request_schema(limits: Limits, names: Sequence[str] = ()) -> Schema:
             "propertyNames": {"maxLength": MAX_METADATA_KEY_CHARS, "pattern": _NO_NUL},
             "additionalProperties": {"type": "string", "maxLength": MAX_TAG_CHARS, "pattern": _NO_NUL},
         },
-        "routing": _routing(names),
+        "routing": _routing(models),
         **_refused(UNSUPPORTED),
     }
     needs_stream = {
@@ -69,12 +74,12 @@ def chat_request_schema(limits: Limits, names: Sequence[str] = ()) -> Schema:
     return {**_object(properties, ["model", "messages"]), "allOf": [needs_stream, one_limit]}
 
 
-def explain_request_schema(limits: Limits, names: Sequence[str] = ()) -> Schema:
-    """The body of POST /v1/routing/explain."""
-    schema = chat_request_schema(limits, names)
+def explain_request_schema(limits: Limits, names: Sequence[str] = (), models: Sequence[str] = ()) -> Schema:
+    """The body of POST /v1/routing/explain; `models` are the pool's, of which steps can be."""
+    schema = chat_request_schema(limits, names, models)
     share = _nullable("number", minimum=0, maximum=1)
     step = {
-        "model": _name(names, MAX_MODEL_CHARS),
+        "model": _name(models, MAX_MODEL_CHARS),
         "text": {"type": "string", "maxLength": limits.max_text_chars, "pattern": _NO_NUL},
         "tokens": _nullable("integer", minimum=0, maximum=limits.max_completion_tokens),
         "confidence": share,
@@ -93,14 +98,14 @@ def explain_request_schema(limits: Limits, names: Sequence[str] = ()) -> Schema:
     return schema
 
 
-def routing_headers(names: Sequence[str] = ()) -> list[Schema]:
+def routing_headers(models: Sequence[str] = ()) -> list[Schema]:
     """The X-Roro headers, as parameters of an operation. They must agree with the body's `routing`."""
     share = "(large_share|accuracy_within)=(0|1|0[.][0-9]{1,6})"
     controls: dict[str, Schema] = {
         "X-Roro-Cost-Weight": {"type": "number", "minimum": 0},
         "X-Roro-Target": {"type": "string", "pattern": f"^{share}$"},
         "X-Roro-Max-Large-Steps": {"type": "integer", "minimum": 0, "maximum": MAX_LARGE_STEPS},
-        "X-Roro-Force": _name(names, MAX_NAME_CHARS),
+        "X-Roro-Force": _name(models, MAX_NAME_CHARS),
         "X-Roro-Trace": {"type": "boolean"},
     }
     text = "The same as `routing.{}` of the body."
@@ -116,10 +121,10 @@ def routing_headers(names: Sequence[str] = ()) -> list[Schema]:
     ]
 
 
-def make_operation(body: Schema, names: Sequence[str] = ()) -> Schema:
+def make_operation(body: Schema, models: Sequence[str] = ()) -> Schema:
     """What FastAPI's `openapi_extra` needs for a route that reads the raw body."""
     content = {"application/json": {"schema": body}}
-    return {"requestBody": {"required": True, "content": content}, "parameters": routing_headers(names)}
+    return {"requestBody": {"required": True, "content": content}, "parameters": routing_headers(models)}
 
 
 def drop_framework_errors(document: Schema) -> Schema:
@@ -146,7 +151,7 @@ def _stop(limits: Limits) -> Schema:
     return {"anyOf": [{"type": "null"}, text, {"type": "array", "items": text, "maxItems": MAX_STOPS}]}
 
 
-def _routing(names: Sequence[str]) -> Schema:
+def _routing(models: Sequence[str]) -> Schema:
     share = _nullable("number", minimum=0, maximum=1)
     only = [
         {"required": [name], "properties": {name: {"type": "number"}}} for name in ("large_share", "accuracy_within")
@@ -158,7 +163,7 @@ def _routing(names: Sequence[str]) -> Schema:
         "cost_weight": _nullable("number", minimum=0, maximum=1e300),
         "target": target,
         "max_large_steps": _nullable("integer", minimum=0, maximum=MAX_LARGE_STEPS),
-        "force": {"anyOf": [{"type": "null"}, _name(names, MAX_NAME_CHARS)]},
+        "force": {"anyOf": [{"type": "null"}, _name(models, MAX_NAME_CHARS)]},
         "trace": _nullable("boolean", default=False),
     }
     contradictions = [

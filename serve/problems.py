@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -67,7 +67,7 @@ def unauthorised() -> ApiError:
     return ApiError(401, message, "authentication_error", None, "invalid_api_key", headers)
 
 
-def model_not_found(name: str, known: tuple[str, ...]) -> ApiError:
+def model_not_found(name: str, known: Sequence[str]) -> ApiError:
     """404: no router and no model is called so."""
     hint = did_you_mean(name, known)
     message = f"Unknown model {name[:128]!r}{hint}. Models of this server: {', '.join(known)} (see GET /v1/models)."

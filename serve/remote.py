@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from actors.waiting import unwrap_error
 from roro_ray.engines.pool import EnginePool
@@ -109,7 +109,7 @@ class HandleEngine:
     """A model's deployment as an `Engine`; `session` keeps one trajectory's calls on one replica."""
 
     name: str
-    handle: DeploymentHandle
+    handle: DeploymentHandle[Any]
     breaker: Breaker
     rescue: RescueConfig
     metrics: Metrics
@@ -169,7 +169,7 @@ class HandleEngine:
                 last = self._on_failure(error)
         raise self._gone(last)
 
-    def _target(self, method: str, stream: bool = False) -> DeploymentHandle:
+    def _target(self, method: str, stream: bool = False) -> DeploymentHandle[Any]:
         # Another session for another try: it leads to another replica.
         session = f"{self.session}+{self._attempt}" if self._attempt else self.session
         return self.handle.options(method_name=method, stream=stream, session_id=session)
@@ -191,9 +191,9 @@ class HandleEngine:
         )
 
 
-async def _read(handle: DeploymentHandle, request: StepRequest) -> AsyncIterator[StepDelta | StepResult]:
+async def _read(handle: DeploymentHandle[Any], request: StepRequest) -> AsyncGenerator[StepDelta | StepResult, None]:
     """The parts of a remote stream; closing it cancels the remote generator."""
-    response = handle.remote(request)
+    response = cast("DeploymentResponseGenerator[Any]", handle.remote(request))
     done = False
     try:
         async for parts in response:
@@ -208,7 +208,7 @@ async def _read(handle: DeploymentHandle, request: StepRequest) -> AsyncIterator
 class HandleRouters:
     """The router's deployment as `Routers`."""
 
-    def __init__(self, handle: DeploymentHandle, breaker: Breaker, rescue: RescueConfig) -> None:
+    def __init__(self, handle: DeploymentHandle[Any], breaker: Breaker, rescue: RescueConfig) -> None:
         self._handle = handle
         self._breaker = breaker
         self._rescue = rescue
@@ -257,7 +257,7 @@ class ServeBackend:
     """
 
     def __init__(
-        self, models: dict[str, DeploymentHandle], router: DeploymentHandle, rescue: RescueConfig, metrics: Metrics
+        self, models: dict[str, DeploymentHandle[Any]], router: DeploymentHandle[Any], rescue: RescueConfig, metrics: Metrics
     ) -> None:
         self._engines = []
         for name, handle in models.items():

@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 ROLES = ("system", "developer", "user", "assistant")
-MAX_SEED = 2**63 - 1
+MAX_SEED = 9_223_372_036_854_776_000  # the official schema's bound: 2**63 as a double prints it
 MAX_TEMPERATURE = 2.0
 MAX_STOPS = 4
 MAX_MODEL_CHARS = 256
@@ -167,7 +167,7 @@ def _read_chat(fields: Fields, headers: Mapping[str, str], limits: Limits, also:
         messages=messages,
         temperature=temperature,
         top_p=top_p,
-        seed=fields.integer("seed", None, -MAX_SEED - 1, MAX_SEED),
+        seed=_read_seed(fields),
         n=n,
         stop=_read_stop(fields, limits),
         max_tokens=_read_max_tokens(fields, limits),
@@ -219,6 +219,12 @@ def _read_part(fields: Fields) -> str:
     if not isinstance(text := fields.get("text"), str):
         raise fields.wrong("text", "a string")
     return text
+
+
+def _read_seed(fields: Fields) -> int | None:
+    """The seed as a signed 64-bit integer; the few beyond are wrapped, so that every one fits a column."""
+    seed = fields.integer("seed", None, -MAX_SEED, MAX_SEED)
+    return None if seed is None else (seed + 2**63) % 2**64 - 2**63
 
 
 def _read_stop(fields: Fields, limits: Limits) -> tuple[str, ...]:
