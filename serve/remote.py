@@ -257,7 +257,11 @@ class ServeBackend:
     """
 
     def __init__(
-        self, models: dict[str, DeploymentHandle[Any]], router: DeploymentHandle[Any], rescue: RescueConfig, metrics: Metrics
+        self,
+        models: dict[str, DeploymentHandle[Any]],
+        router: DeploymentHandle[Any],
+        rescue: RescueConfig,
+        metrics: Metrics,
     ) -> None:
         self._engines = []
         for name, handle in models.items():
