@@ -211,6 +211,7 @@ def test_a_slow_disk_costs_records_and_never_a_request(
     go.set()
     recorder.close()
     assert recorder.facts().recorded == len(load_trajectories(tmp_path / "trajectories")) == 6
+    assert list(finished_shards(tmp_path / "trajectories").values()) == [2, 2, 2]
     assert metrics.total("roro_trajectories_dropped", reason="queue") == 96
     assert not recorder.record(*served[0]) and recorder.facts().dropped["closed"] == 1
 
