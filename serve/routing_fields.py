@@ -111,11 +111,10 @@ def _header_value(name: str, text: str, shown: str) -> Any:
     if name == "force":
         return text
     if name == "target":
-        values = {}
-        for part in text.split(","):
-            key, _, number = part.partition("=")
-            values[key.strip()[:64]] = _read_json(number.strip())
-        return values
+        pairs = [part.partition("=") for part in text.split(",")]
+        if not all(equals for _, equals, _ in pairs):
+            raise bad_request(f"{shown} must be like large_share=0.3, not {shorten(text)}.", shown)
+        return {key.strip()[:64]: _read_json(number.strip()) for key, _, number in pairs}
     return _read_json(text.lower() if name == "trace" else text)
 
 

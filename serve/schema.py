@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from roro_ray.evaluation.calibration import Target
 from serve.body import check_content_type, decode_object, shorten
 from serve.fields import Fields, item_fields
 from serve.problems import bad_request
-from serve.routing_fields import RoutingRequest, Target, parse_routing
+from serve.routing_fields import RoutingRequest, parse_routing
 from serve.unsupported import UNSUPPORTED, UNSUPPORTED_IN_MESSAGE, UNSUPPORTED_IN_STREAM, refuse_unsupported
 
 __all__ = [
