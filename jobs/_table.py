@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from roro_ray.data.run_dir import RunDir
+from roro_ray.evaluation.calibration import Calibration, Interval
 
 _WIDTH = 100
+_CALIBRATED = ("large_share", "accuracy", "accuracy_gap", "flops_ratio")
 
 
 def format_results(summary: Mapping[str, Any], run: RunDir) -> str:
@@ -35,6 +38,36 @@ def format_results(summary: Mapping[str, Any], run: RunDir) -> str:
             f"Report: {run.report.resolve()}",
         ]
     )
+
+
+def format_calibration(calibration: Calibration, saved: Path) -> str:
+    """What each cost weight gave, and both models alone; then where the calibration lies."""
+    rows = [
+        (f"{at.cost_weight:g}", *(_interval(getattr(at, name), name.startswith("accuracy")) for name in _CALIBRATED))
+        for at in calibration.points
+    ]
+    header = ("cost weight", "large share", "accuracy", "below large", "FLOPs/large")
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
+    small, large = (_interval(each, True) for each in (calibration.small_accuracy, calibration.large_accuracy))
+    return "\n".join(
+        [
+            "",
+            f"Router version {calibration.router_version} at a price, on {calibration.queries} held-out queries. "
+            f"Brackets: {calibration.confidence:.0%} interval.",
+            "",
+            lines[0],
+            "  ".join("-" * width for width in widths),
+            *lines[1:],
+            "",
+            f"Alone: {calibration.models[0]} {small}, {calibration.models[-1]} {large}",
+            f"Calibration: {saved.resolve()}",
+        ]
+    )
+
+
+def _interval(measured: Interval, percent: bool) -> str:
+    return _value(measured.value, [measured.low, measured.high], percent)
 
 
 def _row(

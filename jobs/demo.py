@@ -1,4 +1,5 @@
-"""The whole method on the embedded world: collect, pair, learn the reward, train two routers, evaluate, report.
+"""The whole method on the embedded world: collect, pair, learn the reward, train two routers, evaluate, report,
+and calibrate the router for serving.
 
 Starts a local Ray (or joins the one that runs the job) and stops it again. A demo that was stopped goes on where it
 was.
@@ -18,7 +19,7 @@ from roro_ray.config import Config
 from roro_ray.data.run_dir import RunDir
 
 QUICK = Path(__file__).with_name("configs") / "quick.yaml"
-KEYS = ("data", "reward", "router", "evaluate", "ray", "wandb")
+KEYS = ("data", "reward", "router", "evaluate", "calibrate", "ray", "wandb")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(config: Config, run: RunDir, arguments: argparse.Namespace) -> None:
     from jobs._table import format_results
     from jobs._together import run_together
+    from jobs.calibrate import calibrate_stage
     from jobs.stages import (
         collect_stage,
         evaluate_stage,
@@ -53,6 +55,7 @@ def _main(config: Config, run: RunDir, arguments: argparse.Namespace) -> None:
         run_together(partial(reward_stage, config, run), partial(router_stage, config, run, pool, "grpo_outcome"))
         router_stage(config, run, pool, "roro")
         summary = evaluate_stage(config, run, pool)
+        calibrate_stage(config, run, pool, run.router("roro"))
     print(format_results(summary, run))
     say(f"Done in {time.monotonic() - began:.0f} s.")
 

@@ -157,6 +157,21 @@ class EvaluateConfig:
 
 
 @dataclass
+class CalibrateConfig:
+    """What each cost weight of a router gives, measured for serving."""
+
+    cost_weights: list[float] = field(
+        default_factory=lambda: [
+            *[0.01, 0.02, 0.025, 0.03, 0.04, 0.05, 0.07, 0.1, 0.15, 0.25],
+            *[0.4, 0.6, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 10.0],
+        ]
+    )
+    queries: int = 50  # held-out queries per suite, of the validation split behind data.validation_queries
+    bootstrap: int = 1000  # resamples over queries
+    confidence: float = 0.95  # of the intervals
+
+
+@dataclass
 class RayConfig:
     """What to ask of Ray."""
 
@@ -198,5 +213,6 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     ray: RayConfig = field(default_factory=RayConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)

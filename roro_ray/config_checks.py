@@ -5,6 +5,7 @@ Each message names the key, the value, what was expected and what to do; a contr
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection
 from functools import reduce
@@ -51,6 +52,8 @@ _AT_LEAST_ONE = (
     "evaluate.thresholds",
     "evaluate.bootstrap",
     "evaluate.every",
+    "calibrate.queries",
+    "calibrate.bootstrap",
     "ray.workers",
     "ray.concurrency",
 )
@@ -123,6 +126,7 @@ def check_config(settings: Config) -> None:
         if small > large:
             raise ConfigError(f"{low}={small} and {high}={large} contradict each other: raise {high} or lower {low}.")
     _check_lists(settings)
+    _check_calibrate(settings)
     _check_relations(settings)
 
 
@@ -148,9 +152,25 @@ def _check_lists(settings: Config) -> None:
         _check_choice("reward.kind_weights", kind, kinds)
         if weight < 0:
             raise ConfigError(f"reward.kind_weights: {kind}={weight}, expected 0 or more.")
-    for key in ("evaluate.cost_weights", "evaluate.random_shares", "evaluate.curve_cost_weights"):
+    for key in (
+        "evaluate.cost_weights",
+        "evaluate.random_shares",
+        "evaluate.curve_cost_weights",
+        "calibrate.cost_weights",
+    ):
         if not get_setting(settings, key):
             raise ConfigError(f"{key} is empty: a frontier needs at least one point.")
+
+
+def _check_calibrate(settings: Config) -> None:
+    weights = settings.calibrate.cost_weights
+    wrong = [weight for weight in weights if not (math.isfinite(weight) and weight >= 0)]
+    if wrong:
+        raise ConfigError(f"calibrate.cost_weights: got {wrong[0]}, expected finite numbers of at least 0.")
+    if len(set(weights)) < len(weights):
+        raise ConfigError("calibrate.cost_weights names a weight twice: each may stand there once.")
+    if not 0 < settings.calibrate.confidence < 1:
+        raise ConfigError(f"calibrate.confidence: got {settings.calibrate.confidence}, expected one between 0 and 1.")
 
 
 def _check_relations(settings: Config) -> None:

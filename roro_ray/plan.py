@@ -30,6 +30,12 @@ def count_episodes(config: Config) -> int:
     return config.router.iterations * config.router.queries * config.router.group_size
 
 
+def count_calibrated(config: Config) -> int:
+    """Rollouts of one calibration: every cost weight and both models alone on every query."""
+    settings = config.calibrate
+    return len(config.data.suites) * settings.queries * (len(settings.cost_weights) + 2)
+
+
 def _resource_lines(config: Config) -> list[str]:
     ray, router = config.ray, config.router
     rollouts = ray.workers * ray.worker_cpus
@@ -67,4 +73,6 @@ def _stage_lines(config: Config) -> list[str]:
         f"evaluate     {suites * data.validation_queries} validation and {suites * data.test_queries} test queries; "
         f"{len(config.evaluate.cost_weights)} cost weights, {config.evaluate.thresholds} thresholds a method, "
         f"{config.evaluate.bootstrap} bootstrap resamples",
+        f"calibrate    {count_calibrated(config)} episodes: {suites * config.calibrate.queries} held-out queries x "
+        f"({len(config.calibrate.cost_weights)} cost weights + 2 models alone)",
     ]

@@ -28,6 +28,7 @@ TINY = (
     "router.iterations=2",
     "router.queries=4",
     "evaluate.every=1",
+    "calibrate.queries=4",
 )
 
 

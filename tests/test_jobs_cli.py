@@ -26,7 +26,7 @@ from roro_ray.settings import load_config
 
 pytestmark = pytest.mark.timeout(60)
 ROOT = Path(__file__).parents[1]
-VERBS = ("collect", "make_pairs", "learn_reward", "train_router", "evaluate", "demo", "compare", "doctor")
+VERBS = ("collect", "make_pairs", "learn_reward", "train_router", "evaluate", "calibrate", "demo", "compare", "doctor")
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +82,13 @@ def test_a_missing_settings_file_is_one_message(tmp_path: Path, capsys) -> None:
     assert "Settings file not found" in capsys.readouterr().err
 
 
-NEEDS = {"make_pairs": "collect", "learn_reward": "make_pairs", "train_router": "learn_reward", "evaluate": "collect"}
+NEEDS = {
+    "make_pairs": "collect",
+    "learn_reward": "make_pairs",
+    "train_router": "learn_reward",
+    "evaluate": "collect",
+    "calibrate": "train_router",
+}
 
 
 @pytest.mark.parametrize(("verb", "needs"), NEEDS.items())

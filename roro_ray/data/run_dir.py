@@ -106,9 +106,12 @@ class RunDir:
         write_json(marker, {"time": time.time(), **facts})
 
     def reopen_after(self, stage: str) -> None:
-        """Forget that later stages finished, since what they read is about to change."""
-        order = [*STAGES]
-        for later in order[order.index(stage.partition("-")[0]) + 1 :]:
+        """Forget that later stages finished, since what they read is about to change.
+
+        Nothing is built on a calibration, which is no link of this chain: it lies beside its router and names it.
+        """
+        name = stage.partition("-")[0]
+        for later in STAGES[STAGES.index(name) + 1 :] if name != "calibrate" else ():
             for marker in (self.path / "done").glob(f"{later}*.json"):
                 marker.unlink()
 

@@ -9,6 +9,7 @@ holds for that router and that pool alone.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -27,12 +28,14 @@ __all__ = [
     "OperatingPoint",
     "Target",
     "check_calibration",
+    "digest_router",
     "find_point",
     "load_calibration",
     "save_calibration",
 ]
 
 _FILE = "calibration.json"
+_WEIGHTS_FILE = "router.safetensors"  # as `routing.router`, which needs torch, names it
 _SCHEMA_VERSION = 1
 _FIGURES = ("large_share", "accuracy", "accuracy_gap", "flops_ratio")
 _ROUNDING = 1e-9
@@ -67,7 +70,8 @@ class OperatingPoint:
 class Calibration:
     """Operating points by rising cost weight, and what they were measured with.
 
-    `pool` are the fingerprints of the models, `models` their names, both cheap to dear.
+    `pool` are the fingerprints of the models, `models` their names, both cheap to dear. `router_digest` is that of the
+    router's weights and `settings_digest` of all that shaped the measurement; either may be empty (not recorded).
     """
 
     pool: tuple[str, ...]
@@ -78,6 +82,8 @@ class Calibration:
     points: tuple[OperatingPoint, ...]
     large_accuracy: Interval
     small_accuracy: Interval
+    router_digest: str = ""
+    settings_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +167,15 @@ def _name_pool(names: Sequence[str], fingerprints: Sequence[str]) -> str:
     return ", ".join(f"{name} ({mark})" for name, mark in zip(names, shown, strict=True)) if names else ", ".join(shown)
 
 
+def digest_router(directory: str | Path) -> str:
+    """SHA-256 of a saved router's weights; empty where there are none."""
+    weights = Path(directory) / _WEIGHTS_FILE
+    if not weights.is_file():
+        return ""
+    with weights.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def save_calibration(directory: str | Path, calibration: Calibration) -> Path:
     """Write `calibration.json` beside a saved router, whole or not at all."""
     path = Path(directory) / _FILE
@@ -172,7 +187,7 @@ def load_calibration(directory: str | Path) -> Calibration | None:
     """The calibration beside a saved router, or None where it has none.
 
     Raises:
-        CalibrationError: the file is damaged or of another schema.
+        CalibrationError: the file is damaged, of another schema, or older than the router's present weights.
     """
     path = Path(directory) / _FILE
     try:
@@ -189,6 +204,11 @@ def load_calibration(directory: str | Path) -> Calibration | None:
         _check_values(calibration)
     except (KeyError, TypeError, ValueError) as error:
         raise CalibrationError(f"{path} is damaged ({type(error).__name__}: {error}). {_mend(path)}") from error
+    if calibration.router_digest and calibration.router_digest != digest_router(directory):
+        raise CalibrationError(
+            f"{path} was measured with other weights than those in {_WEIGHTS_FILE} beside it: the router was trained "
+            f"again since. {_mend(path)}"
+        )
     return calibration
 
 
@@ -209,6 +229,8 @@ def _make_calibration(content: Mapping[str, Any]) -> Calibration:
         ),
         large_accuracy=_make_interval(content["large_accuracy"]),
         small_accuracy=_make_interval(content["small_accuracy"]),
+        router_digest=str(content["router_digest"]),
+        settings_digest=str(content["settings_digest"]),
     )
 
 

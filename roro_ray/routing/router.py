@@ -248,6 +248,15 @@ def load_router(directory: Path | str, pool_size: int | None = None) -> RouterNe
     return router.eval()
 
 
+def load_version(directory: str | Path) -> int:
+    """The version of a saved router's weights, without loading them.
+
+    Raises:
+        CheckpointError: the directory holds no router.
+    """
+    return int(_read_facts(Path(directory))["version"])
+
+
 def fill_router(router: RouterNetwork, state_dict: dict[str, torch.Tensor], source: str = "the given weights") -> None:
     """Copy weights into a router.
 
