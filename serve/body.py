@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from serve.problems import ApiError, bad_request, too_large, unsupported_media
 
 MAX_DEPTH = 32  # levels of nesting; the schema needs fewer than ten
+MAX_VALUES = 20_000  # values in one body; checking a megabyte of `[]` would hold up every other request for a second
 _TYPE_NAMES = {
     bool: "a boolean",
     int: "a number",
@@ -150,10 +151,14 @@ def _parse_float(text: str) -> float:
 
 
 def _check_tree(root: Any) -> None:
-    """Every string storable, every number finite, nothing deeper than MAX_DEPTH; without recursion."""
+    """Every string storable, every number finite, nothing deeper than MAX_DEPTH or more than MAX_VALUES; no recursion."""
     waiting: list[tuple[Any, str, int]] = [(root, "", 0)]
+    seen = 0
     while waiting:
         value, path, depth = waiting.pop()
+        seen += len(value) if isinstance(value, (Mapping, list, tuple)) else 0
+        if seen > MAX_VALUES:
+            raise bad_request(f"The body holds more than {MAX_VALUES} values.", code="invalid_json")
         if depth > MAX_DEPTH:
             raise _too_deep()
         if isinstance(value, str):

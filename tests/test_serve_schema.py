@@ -351,6 +351,12 @@ def test_what_is_not_clean_json_is_a_400(body: bytes, words: str) -> None:
     assert words in error.message
 
 
+def test_a_body_of_very_many_values_is_refused_before_it_is_read_through() -> None:
+    for inner in (b"[" + b"[]," * 20_001 + b"[]]", b"{" + b",".join(b'"%d":1' % i for i in range(20_001)) + b"}"):
+        with pytest.raises(ApiError, match="values"):
+            parse_chat_request(b'{"messages": ' + inner + b"}", JSON_TYPE, Limits())
+
+
 def test_integers_that_python_refuses_to_read_are_a_400() -> None:
     with pytest.raises(ApiError, match="too many digits"):
         parse_chat_request(b'{"n": ' + b"9" * 5000 + b"}", JSON_TYPE, Limits())
