@@ -151,7 +151,7 @@ def _parse_float(text: str) -> float:
 
 
 def _check_tree(root: Any) -> None:
-    """Every string storable, every number finite, nothing deeper than MAX_DEPTH or more than MAX_VALUES; no recursion."""
+    """Every string storable, every number finite, at most MAX_DEPTH levels and MAX_VALUES values; no recursion."""
     waiting: list[tuple[Any, str, int]] = [(root, "", 0)]
     seen = 0
     while waiting:
