@@ -208,31 +208,42 @@ def test_steps_that_made_way_go_on_being_told() -> None:
     assert engine.active == 0
 
 
-async def test_a_reader_that_lags_gets_one_delta_for_all_that_came() -> None:
+async def test_a_reader_that_lags_gets_one_delta_for_all_that_came(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = HfEngine("tested", "world:small", memo_entries=0)
     await engine.ready()
-    gate = Gate(engine, at=9)
-    request = StepRequest(make_prefixes(1)[0], 48)
-    calls: list[object] = []
-    loop = asyncio.get_running_loop()
+    late = Gate(engine, at=9)
+    early = Gate(engine, at=1)
+    loop, calls = asyncio.get_running_loop(), Counter[str]()
     healthy = loop.call_soon_threadsafe
-    loop.call_soon_threadsafe = lambda *a, **k: (calls.append(a), healthy(*a, **k))[1]  # type: ignore[method-assign]
-    async with aclosing(engine.stream_step(request)) as stream:  # type: ignore[type-var]
+
+    def count(callback: Any, *arguments: Any, **settings: Any) -> Any:
+        calls[callback.__name__] += 1
+        return healthy(callback, *arguments, **settings)
+
+    async with aclosing(engine.stream_step(StepRequest(make_prefixes(1)[0], 48))) as stream:  # type: ignore[type-var]
         following = asyncio.ensure_future(anext(stream))
-        while not engine.active:
-            await asyncio.sleep(0)
-        for _ in range(10):  # until the batch went off; then this loop does nothing
-            await asyncio.sleep(0)
-        assert gate.reached.wait(10)
-        woken = len(calls)
+        await wait_until(early.reached.is_set)
+        monkeypatch.setattr(loop, "call_soon_threadsafe", count)
+        early.open.set()
+        assert late.reached.wait(10)  # this loop does nothing meanwhile
+        woken = calls["_wake_all"]
         delta = await following
-        gate.open.set()
+        late.open.set()
         rest = [item async for item in stream]
-    loop.call_soon_threadsafe = healthy  # type: ignore[method-assign]
     assert isinstance(delta, StepDelta) and len(delta.token_ids) == 8
-    assert woken == 1, "a lagging reader was called for every token"
+    assert woken == 1, f"a lagging reader was called {woken} times"
     assert isinstance(rest[-1], StepResult)
     check_deltas([delta, *rest[:-1]], rest[-1], engine)
+
+
+async def test_the_end_of_a_step_comes_with_its_result_only() -> None:
+    text, encode = make_text("byte_level")
+    stream, row = StepStream(text, ()), Row([65, *encode("ab\n\n")], 1, 99, finish="delimiter")
+    hand_over([(stream, row)])
+    await asyncio.sleep(0)
+    answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(stream.next_delta(answer), 0.05)
 
 
 # Giving up
@@ -429,8 +440,14 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(top_p: float, kept: 
 
 
 def test_of_equal_tokens_the_first_ones_are_kept() -> None:
-    found = keep_nucleus(torch.full((1, 8), 0.125, dtype=torch.float64), torch.tensor([0.3], dtype=torch.float64))
-    assert found[0].nonzero().squeeze(-1).tolist() == [0, 1, 2]
+    found = keep_nucleus(torch.full((1, 1024), 2.0**-10, dtype=torch.float64), torch.tensor([0.3]).double())
+    assert found[0].nonzero().squeeze(-1).tolist() == list(range(308))  # 307 x 2^-10 is below 0.3
+
+
+def test_a_sum_that_just_reaches_top_p_is_enough() -> None:
+    probabilities = torch.tensor([[0.25, 0.5, 0.25]] * 3, dtype=torch.float64)
+    found = keep_nucleus(probabilities, torch.tensor([0.5, 0.75, 0.7500001], dtype=torch.float64))
+    assert (found > 0).tolist() == [[False, True, False], [True, True, False], [True, True, True]]
 
 
 def test_draws_follow_the_hand_computed_nucleus() -> None:
