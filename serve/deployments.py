@@ -215,7 +215,7 @@ def _make_recorder(config: ServerConfig, replica: str, metrics: RayMetrics) -> R
     if not recording.directory:
         return None
     return Recorder(
-        recording.directory,
+        str(Path(recording.directory).resolve()),
         replica,
         recording.flush_every,
         recording.flush_s,

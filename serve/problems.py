@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -146,12 +145,7 @@ def to_api_error(error: BaseException, request_id: str | None = None) -> ApiErro
 def request_id_of(request: Request) -> str:
     """The request's id: the one that the middleware gave it (`request.state.request_id`), else a new one."""
     known = getattr(request.state, "request_id", None)
-    return known if isinstance(known, str) else make_request_id()
-
-
-def make_request_id() -> str:
-    """A new request id."""
-    return f"req-{uuid.uuid4().hex}"
+    return known if isinstance(known, str) else make_request_id(None)
 
 
 def error_response(error: ApiError, request_id: str | None = None) -> JSONResponse:
@@ -212,6 +206,9 @@ def install_handlers(app: FastAPI) -> None:
             told = to_api_error(error, request_id)
             if told.status == 500 and not isinstance(error, ApiError):
                 logger.error("request %s failed", request_id, exc_info=error)
+        facts = getattr(request.state, "facts", None)
+        if facts is not None:
+            facts.error = told.code
         return error_response(told, request_id)
 
     for kind in (RoroError, TimeoutError, HTTPException, RequestValidationError, Exception):
