@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from yaml import YAMLError
 from roro_ray import config as sections
 from roro_ray.config import Config, ModelConfig
 from roro_ray.config_checks import check_config, warn_ignored
+from roro_ray.data.files import write_whole
 from roro_ray.errors import ConfigError, did_you_mean
 
 _INDEX = re.compile(r"\[(\d+)\]")
@@ -56,9 +56,8 @@ def save_config(settings: Config, path: str | Path) -> None:
     """Write the resolved settings as YAML, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(settings), resolve=True))
-    temporary.replace(path)
+    with write_whole(path) as temporary:
+        temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(settings), resolve=True))
 
 
 def load_saved_config(path: str | Path) -> Config:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from roro_ray.config import Config
+from roro_ray.data.files import write_whole
 from roro_ray.errors import ConfigError, DataError
 from roro_ray.settings import changed_keys, load_saved_config, save_config
 
@@ -252,9 +253,8 @@ def write_json(path: str | Path, content: Any) -> None:
     """Write JSON, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    temporary.replace(path)
+    with write_whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
 
 
 def read_json(path: str | Path) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from roro_ray.data.files import write_whole
 from roro_ray.data.records import make_decoder, make_encoder, make_schema
 from roro_ray.errors import DataError
 from roro_ray.types import PreferencePair, Query, Trajectory
@@ -117,16 +118,10 @@ def _save(path: str | Path, records: Iterable[Any], noun: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     encode = make_encoder(noun)
     table = pa.Table.from_pylist([encode(record) for record in records], schema=make_schema(noun))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            pq.write_table(table, file, compression="zstd")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)  # a disk that is full would stay so
-        raise
+    with write_whole(path) as temporary, temporary.open("wb") as file:
+        pq.write_table(table, file, compression="zstd")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _iterate(path: str | Path, noun: Any, batch_size: int) -> Iterator[Any]:

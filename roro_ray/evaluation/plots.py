@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from roro_ray.data.files import write_whole
 from roro_ray.evaluation.report_style import COLOURS
 
 _STYLES = {"oracle": ":", "random": "--"}
@@ -54,10 +54,9 @@ def save_frontier_plot(summary: Mapping[str, Any], path: Path) -> None:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=9, loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    figure.savefig(temporary, format="png", bbox_inches="tight")
+    with write_whole(path) as temporary:
+        figure.savefig(temporary, format="png", bbox_inches="tight")
     plt.close(figure)
-    os.replace(temporary, path)
 
 
 def _draw_operating_point(axes: Any, at: Mapping[str, Any], ci: Mapping[str, Any], colour: str) -> None:

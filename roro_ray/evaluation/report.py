@@ -7,12 +7,12 @@ intervals, learning curves, the Judge and its controls, whole examples, costs, f
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from roro_ray.data.files import write_whole
 from roro_ray.evaluation.plots import save_frontier_plot
 from roro_ray.evaluation.report_figures import draw_curves, draw_frontier, draw_rounds, make_legend
 from roro_ray.evaluation.report_sections import (
@@ -43,9 +43,8 @@ def save_report(directory: Path, report: Path, plot: Path) -> None:
     """
     summary, examples = load_summary(directory)
     report.parent.mkdir(parents=True, exist_ok=True)
-    temporary = report.with_name(f"{report.name}.tmp")
-    temporary.write_text(make_report(summary, examples), encoding="utf-8")
-    os.replace(temporary, report)
+    with write_whole(report) as temporary:
+        temporary.write_text(make_report(summary, examples), encoding="utf-8")
     save_frontier_plot(summary, plot)
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from roro_ray.data.files import write_whole
 from roro_ray.errors import DataError
 from roro_ray.evaluation.bootstrap import Floats, interval, make_resamples, point
 from roro_ray.evaluation.evaluate import Evaluation, columns_by_suite
@@ -148,10 +148,9 @@ def save_summary(summary: Mapping[str, Any], examples: Sequence[Any], directory:
     directory.mkdir(parents=True, exist_ok=True)
     shown = [dataclasses.asdict(example) for example in examples]
     for name, content in (("summary.json", summary), ("examples.json", _to_plain(shown))):
-        temporary = directory / f"{name}.tmp"
-        # No NaN or infinity: they are no JSON, and none can be here.
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        os.replace(temporary, directory / name)
+        with write_whole(directory / name) as temporary:
+            # No NaN or infinity: they are no JSON, and none can be here.
+            temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def load_summary(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

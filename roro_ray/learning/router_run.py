@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from roro_ray.config import Config
+from roro_ray.data.files import write_whole
 from roro_ray.errors import CheckpointError
 from roro_ray.learning.checkpoints import (
     check_settings,
@@ -123,9 +124,8 @@ def format_metrics(metrics: dict[str, float]) -> str:
 def cut_metrics(path: Path, iteration: int) -> None:
     """Leave the lines of iterations up to this one: what comes later will be done, and written, again."""
     rows = [row for row in read_metrics(path) if row["iteration"] <= iteration]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(map(format_metrics, rows)))
-    temporary.rename(path)
+    with write_whole(path) as temporary:
+        temporary.write_text("".join(map(format_metrics, rows)))
 
 
 class RouterRun:
@@ -189,7 +189,8 @@ class RouterRun:
         if self._writes:
             save_router(trainer.network, directory, trainer.iteration)
             facts = {"iterations": trainer.iteration, "settings": self._settings}
-            _write_whole(directory / FINISHED, json.dumps(facts, indent=1) + "\n")
+            with write_whole(directory / FINISHED) as temporary:
+                temporary.write_text(json.dumps(facts, indent=1) + "\n")
 
     def _write(self, metrics: dict[str, float]) -> None:
         with (self._directory / METRICS).open("a") as file:
@@ -208,9 +209,3 @@ class RouterRun:
         save_router(self.trainer.network, temporary, done)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.rename(path)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 
 from roro_ray.config import RewardConfig
+from roro_ray.data.files import write_whole
 from roro_ray.errors import CheckpointError, ConfigError
 from roro_ray.reward.generic import make_fixed_rubric, make_random_rubric, shuffle_rubrics
 from roro_ray.reward.judge import Judge
@@ -186,9 +186,8 @@ def measure_controls(
 def _save_round(reward: RewardModel, result: RoundResult, directory: Path) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
     # The result first: the marker of `save_reward` then says that both are there.
-    temporary = directory.with_name(f"{directory.name}.{_RESULT}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(asdict(result)) + "\n")
-    temporary.rename(directory.with_name(f"{directory.name}.{_RESULT}"))
+    with write_whole(directory.with_name(f"{directory.name}.{_RESULT}")) as temporary:
+        temporary.write_text(json.dumps(asdict(result)) + "\n")
     save_reward(reward, directory)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from roro_ray.config import RouterConfig
+from roro_ray.data.files import write_whole
 from roro_ray.errors import CheckpointError, ConfigError, EngineError, did_you_mean
 from roro_ray.routing.observation import FEATURE_NAMES
 from roro_ray.types import Peek
@@ -194,8 +194,8 @@ def save_router(router: RouterNetwork, directory: Path | str, version: int = 0) 
         router.body.config.save_pretrained(directory / _ENCODER_DIR)
         router.tokenizer.save_pretrained(directory / _ENCODER_DIR)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in router.state_dict().items()}
-    save_file(tensors, directory / f"{_WEIGHTS_FILE}.tmp")
-    os.replace(directory / f"{_WEIGHTS_FILE}.tmp", directory / _WEIGHTS_FILE)
+    with write_whole(directory / _WEIGHTS_FILE) as temporary:
+        save_file(tensors, temporary)
     facts = {
         "pool_size": router.pool_size,
         "hidden": router.hidden,
@@ -205,8 +205,8 @@ def save_router(router: RouterNetwork, directory: Path | str, version: int = 0) 
         "features": list(FEATURE_NAMES),
         "version": version,
     }
-    (directory / f"{_FACTS_FILE}.tmp").write_text(json.dumps(facts, indent=1) + "\n")
-    os.replace(directory / f"{_FACTS_FILE}.tmp", directory / _FACTS_FILE)
+    with write_whole(directory / _FACTS_FILE) as temporary:
+        temporary.write_text(json.dumps(facts, indent=1) + "\n")
     return directory
 
 
