@@ -21,19 +21,6 @@ from typing import Any
 from roro_ray.data.run_dir import write_json
 from roro_ray.errors import CalibrationError
 
-__all__ = [
-    "Calibration",
-    "CalibrationError",
-    "Interval",
-    "OperatingPoint",
-    "Target",
-    "check_calibration",
-    "digest_router",
-    "find_point",
-    "load_calibration",
-    "save_calibration",
-]
-
 _FILE = "calibration.json"
 _WEIGHTS_FILE = "router.safetensors"  # as `routing.router`, which needs torch, names it
 _SCHEMA_VERSION = 1

@@ -30,17 +30,6 @@ from roro_ray.routing.reader import TextReader
 from roro_ray.routing.router import RouterNetwork, fill_router
 from roro_ray.types import Decision, Peek
 
-__all__ = [
-    "Opinion",
-    "RouterPolicy",
-    "RouterReading",
-    "charge_opinion",
-    "decide_greedy",
-    "decide_priced",
-    "decide_sampled",
-    "make_reading",
-]
-
 _BATCH_DECISIONS = 512
 _STATES_KEPT = 100_000
 _CACHE_MB = 64  # key/value states of the texts read: about 80,000 tokens of the tiny encoder
