@@ -20,8 +20,8 @@ from roro_ray.types import Decision
 # Middle of the range of weights that routers are trained on, on the logarithmic scale on which they are drawn.
 TILT_CENTRE = math.sqrt(RouterConfig().cost_weight_low * RouterConfig().cost_weight_high)
 # Nats by which the odds of the dearest model fall for each factor e of the cost weight. Routers trained here put their
-# log-odds within 9 of 0, and ln(TILT_CENTRE / 0.01) = 3.2: at 3 a weight of 0.01 takes the dearest model always, and one
-# of 10 the cheapest (docs/decisions.md).
+# log-odds within 9 of 0, and ln(TILT_CENTRE / 0.01) = 3.2: at 3 a weight of 0.01 takes the dearest model always, and
+# one of 10 the cheapest (docs/decisions.md).
 TILT_GAIN = 3.0
 
 
