@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from roro_ray.errors import EngineError, QueueFullError, RoroError, did_you_mean
+from serve.access_log import make_request_id
 
 logger = logging.getLogger(__name__)
 

@@ -91,7 +91,7 @@ class StepWriter:
         kept_ids = draft.token_ids if draft is not None else ()
         request = self._request(model, self.max_tokens, kept_ids)
         if self._shown is not None and draft is not None:
-            self._shown.feed(draft.text)
+            self._shown.feed(draft.text.rstrip("\ufffd"))  # the stream tells an unfinished character anew
         result = await self._generate(model, request)
         self.ledger.charge_generation(model, result, len(kept_ids))
         return result
