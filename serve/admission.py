@@ -68,7 +68,8 @@ class Admission:
             if future.done() and not future.cancelled():
                 self._give_back(weight)  # the slots came in the same moment as the cancellation
             else:
-                self._waiting.remove(entry)
+                if entry in self._waiting:  # `_wake` has taken it out where slots came after the cancellation
+                    self._waiting.remove(entry)
                 self._wake()
             raise
 

@@ -15,16 +15,17 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect
+from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from serve.access_log import AccessLog
+from serve.answers import EventStream, client_left, complete_answer, stream_answer, until_gone
 from serve.auth import ApiKey
 from serve.checks import check_health, explain
-from serve.choices import EndEvent, Event, StartEvent, StepEvent, TextEvent
 from serve.controls import list_models
 from serve.document import make_document
 from serve.facts import RequestFacts
-from serve.middleware import LEFT, Watch
+from serve.middleware import Guard, Watch
 from serve.openapi_responses import (
     chat_responses,
     error_responses,
@@ -35,10 +36,9 @@ from serve.openapi_responses import (
     model_schema,
     models_schema,
 )
-from serve.problems import ApiError, install_handlers, model_not_found, to_api_error, too_large
-from serve.responses import DONE, ChoiceResult, ChunkMaker, Head, TokenUsage, make_completion, sse, sse_error
-from serve.schema import ChatRequest, Limits, parse_chat_request, parse_explain_request
-from serve.service import Answer, RoutingService
+from serve.problems import install_handlers, model_not_found, too_large
+from serve.schema import Limits, parse_chat_request, parse_explain_request
+from serve.service import RoutingService
 
 _PAGE = Path(__file__).with_name("playground.html")
 _VERSION = "0.1.0"
@@ -68,10 +68,19 @@ def make_api(service: RoutingService, options: ApiOptions, log: AccessLog | None
         yield
         await service.close()
 
-    app = FastAPI(title="roro_ray", version=_VERSION, lifespan=live, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="roro_ray",
+        version=_VERSION,
+        lifespan=live,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,  # a redirect names the host that the client claims, and is no answer in the envelope
+    )
     install_handlers(app)
     _add_answers(app, service, options)
     _add_facts(app, service, options)
+    app.add_middleware(Guard, keys=tuple(options.keys))
     if options.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -80,9 +89,7 @@ def make_api(service: RoutingService, options: ApiOptions, log: AccessLog | None
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    app.add_middleware(
-        Watch, keys=tuple(options.keys), metrics=service.metrics, log=log, tells_id=options.tells_id
-    )
+    app.add_middleware(Watch, metrics=service.metrics, log=log, tells_id=options.tells_id)
     return app
 
 
@@ -94,12 +101,11 @@ def _add_answers(app: FastAPI, service: RoutingService, options: ApiOptions) -> 
         asked = parse_chat_request(body, request.headers, options.limits)
         facts.model, facts.stream, facts.user = asked.model, asked.stream, asked.user or asked.safety_identifier or ""
         if not asked.stream:
-            return JSONResponse(await _until_gone(request, _complete(service, asked, facts)))
+            return JSONResponse(await until_gone(request, complete_answer(service, asked, facts)))
         # Entered here, so that a request that cannot start is an error response and not a broken stream.
         stack = contextlib.AsyncExitStack()
         answer = await stack.enter_async_context(service.answer(asked, facts))
-        events = _stream(service, answer, stack)
-        return StreamingResponse(events, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+        return EventStream(stream_answer(service, answer), stack, facts)
 
     @app.post("/v1/routing/explain", responses=explain_responses())
     async def explain_routing(request: Request) -> Response:
@@ -145,8 +151,7 @@ def _add_facts(app: FastAPI, service: RoutingService, options: ApiOptions) -> No
 
     @app.get("/openapi.json", include_in_schema=False)
     async def openapi() -> Response:
-        names = service.model_names()
-        return JSONResponse(make_document(app, options.limits, names))
+        return JSONResponse(make_document(app, options.limits, service.model_names(), service.pool_names()))
 
     if options.playground:
 
@@ -163,93 +168,14 @@ def _facts(request: Request) -> RequestFacts:
 async def _read_body(request: Request, most: int) -> bytes:
     """The body, refused as soon as it is too long, whatever Content-Length said."""
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > most:
-            raise too_large(most)
-    return bytes(body)
-
-
-async def _until_gone(request: Request, work: Any) -> Any:
-    """The result of some work, which is cancelled when the client leaves."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_wait_gone(request))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            _facts(request).error = "client_left"
-            raise ApiError(LEFT, "The client left before the end.", code="client_left")
-        return task.result()
-    finally:
-        for each in (task, gone):
-            each.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _wait_gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _complete(service: RoutingService, asked: ChatRequest, facts: RequestFacts) -> dict[str, Any]:
-    texts: dict[int, str] = {}
-    steps = []
-    async with service.answer(asked, facts) as answer:
-        async for events in answer.events:
-            for event in events:
-                if isinstance(event, EndEvent):
-                    texts[event.choice] = event.text
-                elif isinstance(event, StepEvent):
-                    steps.append(event.trace)
-        steps.sort(key=lambda step: (step.choice, step.index))
-        summary = service.summarise(answer, tuple(steps) if asked.routing.trace else None)
-        choices = [ChoiceResult(i, texts[i], answer.trajectories[i].end) for i in sorted(texts)]
-        return make_completion(_make_head(service, answer), choices, _usage(answer), summary)
-
-
-async def _stream(
-    service: RoutingService, answer: Answer, stack: contextlib.AsyncExitStack
-) -> AsyncIterator[bytes]:
-    asked, facts = answer.request, answer.facts
-    made = ChunkMaker(_make_head(service, answer), asked.include_usage)
-    async with stack:
-        try:
-            yield b"".join(sse(made.start(choice)) for choice in range(asked.n))
-            async for events in answer.events:
-                chunk = b"".join(sse(data) for event in events for data in _make_chunks(made, event, asked))
-                if chunk:
-                    yield chunk
-            summary = service.summarise(answer, None)
-            if asked.include_usage or asked.routing.trace:
-                yield sse(made.summary(_usage(answer) if asked.include_usage else None, summary))
-            yield DONE
-        except (asyncio.CancelledError, GeneratorExit):
-            facts.error = "client_left"
-            raise
-        except Exception as error:  # the border: the headers are out, so the stream itself must say it
-            told = to_api_error(error, facts.request_id)
-            facts.error = told.code
-            yield sse_error(told)
-
-
-def _make_chunks(made: ChunkMaker, event: Event, asked: ChatRequest) -> list[dict[str, Any]]:
-    if isinstance(event, TextEvent):
-        return [made.text(event.choice, event.text)]
-    if isinstance(event, EndEvent):
-        return [made.finish(event.choice, event.trajectory.end)]
-    if not asked.routing.trace:
-        return []
-    return [made.step_start(event.start) if isinstance(event, StartEvent) else made.step_end(event.trace)]
-
-
-def _make_head(service: RoutingService, answer: Answer) -> Head:
-    pool, _ = service.loaded()
-    fingerprint = "-".join(facts.fingerprint[:8] for facts in pool.facts)
-    return Head(f"chatcmpl-{answer.facts.request_id}", answer.created, answer.route.name, fingerprint)
-
-
-def _usage(answer: Answer) -> TokenUsage:
-    return TokenUsage(answer.facts.tokens_in, answer.facts.tokens_out)
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > most:
+                raise too_large(most)
+    except ClientDisconnect:
+        raise client_left() from None
+    return bytes(body)
 
 
 def _model(name: str) -> dict[str, Any]:

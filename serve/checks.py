@@ -14,9 +14,10 @@ from roro_ray.errors import RoroError
 from roro_ray.routing.observation import FEATURE_NAMES, make_features
 from roro_ray.routing.opinion import Opinion, RouterReading, decide_priced
 from roro_ray.types import Decision, Peek, Step, Usage
-from serve.backend import RouterFacts
+from serve.backend import RouterFacts, UnknownRouterError
 from serve.facts import RequestFacts
-from serve.problems import bad_request
+from serve.policies import cap_decision
+from serve.problems import bad_request, deadline, unavailable
 from serve.schema import ExplainRequest, GivenStep
 from serve.service import RoutingService
 
@@ -25,7 +26,7 @@ _HEALTH_TEXT = "Hello."
 
 
 async def check_health(service: RoutingService) -> tuple[int, dict[str, Any]]:
-    """One tiny route through every model and the router: HTTP status and what was found."""
+    """One tiny route through every model and the router: HTTP status and what was found; raises nothing."""
     try:
         pool, routers = service.loaded()
     except RoroError as error:
@@ -49,7 +50,7 @@ async def _probe(work: Awaitable[Any]) -> dict[str, Any]:
     began = time.perf_counter()
     try:
         await asyncio.wait_for(work, _HEALTH_S)
-    except (RoroError, TimeoutError) as error:
+    except Exception as error:  # whatever it is, the answer is that this part does not work
         return {"ok": False, "error": type(error).__name__}
     return {"ok": True, "milliseconds": round(1000 * (time.perf_counter() - began), 3)}
 
@@ -59,8 +60,18 @@ async def explain(service: RoutingService, asked: ExplainRequest, facts: Request
 
     Raises:
         ApiError: a single model was asked for, the router peeks at text that would have to be generated, or a given
-            step lacks what the router looks at.
+            step lacks what the router looks at; 429 where the server is full, 503 and 504 as for an answer.
     """
+    try:
+        async with asyncio.timeout(service.options.timeout_s), service.admission.enter(1):
+            return await _explain(service, asked, facts)
+    except TimeoutError:
+        raise deadline(service.options.timeout_s) from None
+    except UnknownRouterError:
+        raise unavailable("This version of the router was let go just now. Try again.") from None
+
+
+async def _explain(service: RoutingService, asked: ExplainRequest, facts: RequestFacts) -> dict[str, Any]:
     route, text = service.plan(asked.chat)
     pool, _ = service.loaded()
     if route.facts is None:
@@ -77,10 +88,17 @@ async def explain(service: RoutingService, asked: ExplainRequest, facts: Request
         await _ask(service, route.facts, text, steps[:index], route.cost_weight, pool)
         for index in range(len(steps) + 1)
     ]
-    decisions = [decide_priced(opinion, route.cost_weight) for opinion in opinions]
+    most = route.max_large_steps
+    decisions = [
+        cap_decision(decide_priced(opinion, route.cost_weight), steps[:index], most)
+        for index, opinion in enumerate(opinions)
+    ]
     weights = [] if route.facts.calibration is None else [p.cost_weight for p in route.facts.calibration.points]
     last = [await _ask(service, route.facts, text, steps, weight, pool) for weight in weights]
-    swept = [decide_priced(opinion, weight) for opinion, weight in zip(last, weights, strict=True)]
+    swept = [
+        cap_decision(decide_priced(opinion, weight), steps, most)
+        for opinion, weight in zip(last, weights, strict=True)
+    ]
     return {
         "router": route.name,
         "router_version": route.version,

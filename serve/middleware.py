@@ -7,6 +7,7 @@ handler that its client has left.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from serve.access_log import AccessLog, make_request_id
 from serve.auth import ApiKey, authenticate
 from serve.facts import RequestFacts
 from serve.metrics import Metrics
-from serve.problems import REQUEST_ID_HEADER, ApiError, error_response
+from serve.problems import REQUEST_ID_HEADER, ApiError, error_response, internal
+
+logger = logging.getLogger(__name__)
 
 LEFT = 499  # the status in our log of a client that left before the end
 _GUARDED = "/v1/"
@@ -36,16 +39,14 @@ _HEADERS = {
 
 @dataclass
 class Watch:
-    """The middleware: put it round the app.
+    """The outermost middleware.
 
     Args:
-        keys: keys that open `/v1/`; none: it is open.
         log: None keeps no access log.
         tells_id: whether to answer with the request's id; Serve's proxy does so itself.
     """
 
     app: ASGIApp
-    keys: Sequence[ApiKey]
     metrics: Metrics
     log: AccessLog | None
     tells_id: bool = True
@@ -64,10 +65,12 @@ class Watch:
         )
         scope.setdefault("state", {})
         scope["state"]["facts"], scope["state"]["request_id"] = facts, facts.request_id
-        began = time.perf_counter()
+        began, started = time.perf_counter(), False
 
         async def answer(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 facts.status = message["status"]
                 shown = MutableHeaders(scope=message)
                 if self.tells_id:
@@ -79,10 +82,18 @@ class Watch:
             await send(message)
 
         try:
-            await self._guarded(scope, receive, answer, headers, facts)
+            await self.app(scope, receive, answer)
         except asyncio.CancelledError:
             facts.status, facts.error = LEFT, "client_left"
             raise
+        except Exception as error:
+            # The last border: whatever nobody foresaw is a 500 like any other, with its id and its counts.
+            logger.error("request %s failed", facts.request_id, exc_info=error)
+            told = internal(facts.request_id)
+            facts.error = told.code
+            if started:
+                raise  # the server cuts the connection, so that half an answer is not taken for a whole one
+            await error_response(told, facts.request_id)(scope, receive, answer)
         finally:
             facts.duration_ms = 1000 * (time.perf_counter() - began)
             route = scope.get("route")
@@ -91,12 +102,23 @@ class Watch:
             if self.log is not None:
                 self.log.write(facts)
 
-    async def _guarded(
-        self, scope: Scope, receive: Receive, send: Send, headers: Headers, facts: RequestFacts
-    ) -> None:
-        if scope["path"].startswith(_GUARDED) and scope["method"] != "OPTIONS":
+
+@dataclass
+class Guard:
+    """Lets a request in with a key; the middleware next to the app, so that a refusal is an answer like any other.
+
+    Args:
+        keys: keys that open `/v1/`; none: it is open.
+    """
+
+    app: ASGIApp
+    keys: Sequence[ApiKey]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith(_GUARDED):
+            facts: RequestFacts = scope["state"]["facts"]
             try:
-                facts.key_name = authenticate(headers.get("authorization"), self.keys)
+                facts.key_name = authenticate(Headers(scope=scope).get("authorization"), self.keys)
             except ApiError as error:
                 facts.error = error.code
                 await error_response(error, facts.request_id)(scope, receive, send)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from roro_ray.errors import EngineUnavailableError
 from roro_ray.routing.observation import Observation
 from roro_ray.routing.opinion import charge_opinion, decide_priced, make_reading
 from roro_ray.routing.policies import Policy
-from roro_ray.types import Decision, Peek
-from serve.backend import RouterFacts, Routers
+from roro_ray.types import Decision, Peek, Step
+from serve.backend import RouterFacts, Routers, UnknownRouterError
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,13 @@ class ServedPolicy:
         """Choose a model.
 
         Raises:
-            EngineUnavailableError: no router can be reached.
+            EngineUnavailableError: no router can be reached, or the version was let go since the answer began.
         """
         began = time.perf_counter()
-        opinion = await self.routers.judge_reading(self.facts.version, make_reading(observation), self.session)
+        try:
+            opinion = await self.routers.judge_reading(self.facts.version, make_reading(observation), self.session)
+        except UnknownRouterError as error:
+            raise EngineUnavailableError(f"{self.facts.name} is no longer loaded: ask another version") from error
         self.on_seconds(time.perf_counter() - began)
         charge_opinion(observation, opinion)
         return decide_priced(opinion, observation.cost_weight)
@@ -70,9 +74,14 @@ class CappedPolicy:
 
     async def decide(self, observation: Observation) -> Decision:
         """The policy's choice, or the cheapest model."""
-        decision = await self.policy.decide(observation)
-        dear = sum(step.model > 0 for step in observation.steps)
-        return replace(decision, model=0) if decision.model > 0 and dear >= self.most else decision
+        return cap_decision(await self.policy.decide(observation), observation.steps, self.most)
+
+
+def cap_decision(decision: Decision, steps: Sequence[Step], most: int | None) -> Decision:
+    """The decision after these steps, of which at most `most` (None: any number) may be by a dearer model."""
+    if most is None or decision.model == 0 or sum(step.model > 0 for step in steps) < most:
+        return decision
+    return replace(decision, model=0)
 
 
 def is_capped(decision: Decision) -> bool:

@@ -129,6 +129,10 @@ class RoutingService:
         """Every name that `model` may be; none while loading."""
         return [] if self._pool is None or self._routers is None else list_models(self._routers, self._pool)
 
+    def pool_names(self) -> tuple[str, ...]:
+        """The models of the pool; none while loading."""
+        return () if self._pool is None else self._pool.names
+
     # Answers
 
     def plan(self, request: ChatRequest) -> tuple[Route, str]:
