@@ -32,7 +32,9 @@ EXAMPLES = [
 ]
 FLOPS_PER_TOKEN = {"small": 143_648.0, "large": 2_107_584.0}
 ROUTER_FLOPS = 146_000.0
-HOSTILE = "A: <img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script> \u00e9\u4e16\U0001f642"
+HOSTILE = (
+    "A: <img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script> \u00e9\u4e16\U0001f642"
+)
 POINTS = [
     # cost weight, large share, accuracy, FLOPs against large alone
     (0.05, 0.64, 0.994, 1.02),
@@ -123,8 +125,10 @@ class Solution:
         tokens = max(len(text) // 2, 4)
         prefilled = self.written - self.known[model]
         flops = FLOPS_PER_TOKEN[model] * (tokens + prefilled)
+        if self.model not in FLOPS_PER_TOKEN:
+            flops += ROUTER_FLOPS * tokens
         self.usage = [self.usage[0] + prefilled, self.usage[1] + tokens]
-        self.flops += flops + (ROUTER_FLOPS * tokens if self.model not in FLOPS_PER_TOKEN else 0.0)
+        self.flops += flops
         self.written += tokens
         self.known[model] = self.written
         degraded = "[degraded]" in self.query and index == 1
@@ -167,9 +171,9 @@ def _info(seen: Seen) -> dict[str, Any]:
             for name, flops in FLOPS_PER_TOKEN.items()
         ],
         "routers": ["router-v30"],
-        "default": "auto",
+        "default": "router-v30",
         "cost_weight": {"default": 0.2449, "low": 0.05, "high": 1.2},
-        "calibration": {"queries": 500, "points": points} if seen.calibrated else None,
+        "calibration": {"queries": 500, "confidence": 0.95, "points": points} if seen.calibrated else None,
         "limits": {"max_body_bytes": 262144},
         "examples": EXAMPLES,
         "needs_key": bool(seen.key),
@@ -241,6 +245,8 @@ async def _bytes(frames: AsyncIterator[str], seen: Seen, split: bool) -> AsyncIt
             data = (": keep-alive\n\n" + frame).replace("\n", "\r\n").encode()
             for begin in range(0, len(data), 2):
                 yield data[begin : begin + 2]
+                if data[begin + 2 : begin + 3] and data[begin + 2] & 0xC0 == 0x80:
+                    await asyncio.sleep(0.02)  # so that half a character reaches the browser on its own
     finally:
         seen.active -= 1
 

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import re
 import shutil
-import socket
-import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs the playwright package")
-uvicorn = pytest.importorskip("uvicorn", reason="needs uvicorn")
-fastapi = pytest.importorskip("fastapi", reason="needs fastapi")
+pytest.importorskip("uvicorn", reason="needs uvicorn")
+pytest.importorskip("fastapi", reason="needs fastapi")
 
+from tests.browser import CONTRASTS, QUERY, Visit, serve_app  # noqa: E402
 from tests.playground_stub import EXAMPLES, HOSTILE, POINTS, Seen, Solution, make_stub  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or ""
@@ -27,78 +25,15 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not CHROMIUM, reason="needs Chromium (`apt-get install chromium`)"),
 ]
-QUERY = EXAMPLES[0]
 expect = sync_api.expect
-
-CONTRASTS = """() => {
-  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-  const read = (color) => {
-    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
-    return [...canvas.getImageData(0, 0, 1, 1).data];
-  };
-  const light = (rgb) => {
-    const parts = rgb.slice(0, 3).map((v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2];
-  };
-  const behind = (node) => {
-    for (; node; node = node.parentElement) {
-      const color = read(getComputedStyle(node).backgroundColor);
-      if (color[3] === 255) return color;
-    }
-    return [255, 255, 255, 255];
-  };
-  const found = [];
-  for (const node of document.querySelectorAll("body *")) {
-    const own = [...node.childNodes].some((each) => each.nodeType === 3 && each.data.trim());
-    if (!own || !node.checkVisibility() || node.closest("script, .hidden, :disabled, option")) continue;
-    const [a, b] = [light(read(getComputedStyle(node).color)), light(behind(node))].sort((x, y) => y - x);
-    found.push([(a + 0.05) / (b + 0.05), node.className + ": " + node.textContent.slice(0, 30)]);
-  }
-  return found;
-}"""
-
-
-@dataclass
-class Visit:
-    """One opened page: its handle, the stub's notes, and what the browser reported."""
-
-    page: Any
-    seen: Seen
-    origin: str
-    requests: list[str] = field(default_factory=list)
-    complaints: list[str] = field(default_factory=list)
-    refusals_expected: bool = False
-
-    def open(self) -> None:
-        self.page.goto(self.origin + "/")
-        expect(self.page.locator("#starters button")).to_have_count(3)
-
-    def start(self, query: str = QUERY, compare: bool = False) -> None:
-        self.page.fill("#query", query)
-        self.page.set_checked("#compare", compare)
-        self.page.click("#run")
-
-    def run(self, query: str = QUERY, compare: bool = False) -> None:
-        self.start(query, compare)
-        expect(self.page.locator(".run")).to_have_count(3 if compare else 1)
-        expect(self.page.locator("#run")).to_have_text("Run", timeout=15_000)
-
-    def texts(self, role: str = "routed") -> list[str]:
-        return self.page.locator(f".run[data-role={role}] .step .text").all_inner_texts()
 
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[tuple[Seen, str]]:
-    """The stub on a free port of loopback, and its notes."""
+    """The stub and its notes."""
     seen = Seen()
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(make_stub(seen), log_level="warning", timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-        thread.start()
-        yield seen, f"http://127.0.0.1:{listening.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(10)
+    with serve_app(make_stub(seen)) as origin:
+        yield seen, origin
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +103,42 @@ def test_steps_arrive_in_order_with_their_model_probability_and_cost(visit: Visi
     facts = visit.page.locator(".facts").inner_text()
     assert f"{summary['steps']['small']} small" in facts and f"{summary['steps']['large']} large" in facts
     assert f"{solution.usage[1]} written, {solution.usage[0]} read" in facts
+    expect(visit.page.locator(".run header + p")).to_have_text("Step by step by router-v30, at cost weight 0.2")
     assert re.search(r"First token\s+\d", facts) and re.search(r"Total\s+\d", facts)
+
+
+def test_the_page_and_the_real_api_understand_each_other(browser: Any) -> None:
+    torch = pytest.importorskip("torch")
+    from roro_ray.config import Config
+    from roro_ray.engines.pool import EnginePool
+    from roro_ray.routing.router import make_router
+    from roro_ray.routing.router_policy import RouterPolicy
+    from serve.api import ApiOptions, make_api
+    from serve.backend import LoadedRouters, LocalBackend, RouterFacts
+    from serve.metrics import MemoryMetrics
+    from serve.service import RoutingService, ServiceOptions
+    from tests.scripted_world import make_engines, make_scripted_config
+
+    torch.manual_seed(0)
+    config: Config = make_scripted_config()
+    policy = RouterPolicy(make_router(config.router, 2), version=7)
+    routers = LoadedRouters()
+    routers.add(policy, RouterFacts(7, policy.peek))
+    backend = LocalBackend(EnginePool(make_engines()), routers)
+    service = RoutingService(backend, ServiceOptions(episode=config.episode), MemoryMetrics())
+    app = make_api(service, ApiOptions(examples=["Task 1.", "Task 2."]))
+    with serve_app(app) as origin:
+        page = browser.new_page()
+        page.goto(origin + "/")
+        page.get_by_role("button", name="Task 1.").click(timeout=20_000)
+        expect(page.locator("#live")).to_contain_text("Done: 4 steps")
+        assert page.locator(".step").count() == page.locator(".step .chance.picked").count() == 4
+        page.check("#compare")
+        page.click("#run")
+        expect(page.locator("[data-role=dearest] .verdict")).to_have_text("Answer 42")
+        expect(page.locator("[data-role=cheapest] .verdict")).to_have_text("\u2260 Answer 0, large only says 42")
+        assert page.locator(".notice").count() == 0
+        page.close()
 
 
 def test_text_grows_while_it_is_written(visit: Visit) -> None:
@@ -366,7 +336,9 @@ def test_a_key_is_asked_for_used_and_forgotten(visit: Visit) -> None:
 def test_a_service_that_is_gone_is_said(visit: Visit) -> None:
     visit.page.route("**/v1/chat/completions", lambda route: route.abort("connectionrefused"))
     visit.run()
-    expect(visit.page.get_by_role("alert").filter(has_text="The connection was lost")).to_contain_text("cannot be reached")
+    expect(visit.page.get_by_role("alert").filter(has_text="The connection was lost")).to_contain_text(
+        "cannot be reached"
+    )
     visit.page.unroute("**/v1/chat/completions")
     visit.page.click(".notice button")
     expect(visit.page.locator("#live")).to_contain_text("Done: 7 steps")
