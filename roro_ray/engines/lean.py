@@ -10,16 +10,17 @@ Axes: B rows, N new tokens, T columns, H query and key heads, D head width, V vo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
+from transformers import LlamaForCausalLM, LlamaModel, PreTrainedModel, Qwen3ForCausalLM, Qwen3Model
 
 from roro_ray.engines.kv import BatchKV, KVShape
 
-_TOLERANCE = 1e-3  # of logits, in float32
+_TOLERANCE = 1e-3  # of logits or states, in float32
 _MOST_PARAMETERS = 100_000_000  # beyond, arithmetic dominates, and a second copy of the weights is dear
 
 
@@ -37,16 +38,20 @@ class _Layer:
 
 
 class LeanModel:
-    """A model's weights, and its forward pass over the states in a `BatchKV`."""
+    """A copy of a model's weights, and its forward pass over the states in a `BatchKV`.
 
-    def __init__(self, model: PreTrainedModel):
-        config: Any = model.config
-        body: Any = model.model
+    Args:
+        body: the model without its output layer.
+        head: the output layer's weight; None for a model that is asked for states only.
+    """
+
+    def __init__(self, body: Any, head: torch.Tensor | None = None):
+        config: Any = body.config
         self._query_heads, self._key_heads = config.num_attention_heads, config.num_key_value_heads
         self._width = body.layers[0].self_attn.head_dim
         self._epsilon = config.rms_norm_eps
         self._embed: torch.Tensor = body.embed_tokens.weight
-        self._head: torch.Tensor = model.lm_head.weight
+        self._head = head
         self._norm: torch.Tensor = body.norm.weight
         self._rotary: Any = body.rotary_emb
         self._layers = [_read_layer(layer, self._query_heads, self._key_heads) for layer in body.layers]
@@ -55,6 +60,13 @@ class LeanModel:
         self, tokens_BN: torch.Tensor, positions_BN: torch.Tensor, mask: torch.Tensor, kv: BatchKV, keep: int
     ) -> torch.Tensor:
         """Logits (B, keep, V) of the last `keep` tokens; their states are left in `kv`, which has been aimed."""
+        assert self._head is not None, "this model was made to give states"
+        return functional.linear(self.read(tokens_BN, positions_BN, mask, kv, keep), self._head)
+
+    def read(
+        self, tokens_BN: torch.Tensor, positions_BN: torch.Tensor, mask: torch.Tensor, kv: BatchKV, keep: int
+    ) -> torch.Tensor:
+        """Like `forward`, but the states (B, keep, C) before the output layer."""
         rows, count = tokens_BN.shape
         x = functional.embedding(tokens_BN, self._embed)
         cos, sin = self._rotary(x, positions_BN)
@@ -68,7 +80,7 @@ class LeanModel:
             gate, up = hidden.chunk(2, -1)
             x = torch.addmm(x, functional.silu(gate).mul_(up), layer.down)
         x = x.view(rows, count, -1)[:, -keep:]
-        return functional.linear(functional.rms_norm(x, self._norm.shape, self._norm, self._epsilon), self._head)
+        return functional.rms_norm(x, self._norm.shape, self._norm, self._epsilon)
 
     def _attend(
         self,
@@ -100,17 +112,35 @@ def make_lean(model: PreTrainedModel, shape: KVShape, masks: dict[str, int | Non
     """The lean pass of a model, or None where it would not be the same."""
     if not isinstance(model, LlamaForCausalLM | Qwen3ForCausalLM) or list(masks.values()) != [None]:
         return None
+    if not _is_suitable(model, shape):
+        return None
+    lean = LeanModel(model.model, model.lm_head.weight)
+    return lean if _agrees(lean.forward, lambda **given: model(**given).logits, model, shape) else None
+
+
+def make_lean_body(body: PreTrainedModel, shape: KVShape) -> LeanModel | None:
+    """The lean pass of a model without output layer and with full attention, for its states (`read`), or None.
+
+    Its weights are a copy: make it anew when the body's have changed.
+    """
+    if not isinstance(body, LlamaModel | Qwen3Model) or not _is_suitable(body, shape):
+        return None
+    lean = LeanModel(body)
+    return lean if _agrees(lean.read, lambda **given: body(**given).last_hidden_state, body, shape) else None
+
+
+def _is_suitable(model: PreTrainedModel, shape: KVShape) -> bool:
     config: Any = model.config
     has_bias = any(name.endswith(".bias") for name, _ in model.named_parameters())
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    if has_bias or config.hidden_act != "silu" or shape.dtype != torch.float32 or parameters > _MOST_PARAMETERS:
-        return None
-    lean = LeanModel(model)
-    return lean if _agrees(lean, model, shape) else None
+    plain = not has_bias and config.hidden_act == "silu"
+    return plain and shape.dtype == torch.float32 and parameters <= _MOST_PARAMETERS
 
 
 @torch.inference_mode()
-def _agrees(lean: LeanModel, model: PreTrainedModel, shape: KVShape) -> bool:
+def _agrees(
+    lean: Callable[..., torch.Tensor], expected: Callable[..., torch.Tensor], model: PreTrainedModel, shape: KVShape
+) -> bool:
     vocabulary = model.config.get_text_config().vocab_size
     tokens_BN = (torch.arange(24, device=shape.device).view(2, 12) * 7919) % vocabulary
     positions_BN = torch.arange(12, device=shape.device).expand(2, 12)
@@ -118,8 +148,8 @@ def _agrees(lean: LeanModel, model: PreTrainedModel, shape: KVShape) -> bool:
     kv = BatchKV(shape)
     kv.resize(2, 12)
     kv.aim(slice(0, 2), 0)
-    expected = model(input_ids=tokens_BN, position_ids=positions_BN, use_cache=False).logits
-    return torch.allclose(lean.forward(tokens_BN, positions_BN, mask, kv, 12), expected, atol=_TOLERANCE)
+    wanted = expected(input_ids=tokens_BN, position_ids=positions_BN, use_cache=False)
+    return torch.allclose(lean(tokens_BN, positions_BN, mask, kv, 12), wanted, atol=_TOLERANCE)
 
 
 def _read_layer(layer: Any, query_heads: int, key_heads: int) -> _Layer:

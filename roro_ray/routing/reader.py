@@ -16,6 +16,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from roro_ray.engines.kv import BatchKV, KVShape, PrefixKV
+from roro_ray.engines.lean import LeanModel, make_lean_body
 
 _BATCH_TOKENS = 16_384  # rows x columns of one forward pass
 _SLACK = 8  # new tokens that rows of one pass may differ by, beside a third of them
@@ -36,12 +37,14 @@ class TextReader:
         self._shape = _probe_shape(body)
         self._kv = BatchKV(self._shape) if self._shape is not None else None
         self._known: PrefixKV | None = None
+        self._lean: LeanModel | None = None
         self.forget()
 
     def forget(self) -> None:
-        """Drop all states; to be called when the weights have changed."""
+        """Drop all states and copies of weights; to be called when the weights have changed."""
         if self._shape is None:
             return
+        self._lean = make_lean_body(self._body, self._shape)
         capacity = (self._cache_mb << 20) // self._shape.bytes_per_token
         self._known = PrefixKV(self._shape, capacity, int(self._body.config.vocab_size)) if capacity else None
 
@@ -87,18 +90,28 @@ class TextReader:
         firsts_B1 = torch.tensor(firsts, device=self._body.device)[:, None]
         # Padding sees itself, since a softmax over nothing would be NaN.
         seen_B1NT = (columns_T >= firsts_B1)[:, None, None] & (columns_T <= queries_N1) | (columns_T == queries_N1)
-        states_BNC: torch.Tensor = self._body(
-            input_ids=ids_BN,
-            attention_mask=seen_B1NT,
-            position_ids=(queries_N1.T - firsts_B1).clamp_(min=0),
-            past_key_values=kv,
-            use_cache=True,
-        ).last_hidden_state
+        positions_BN = (queries_N1.T - firsts_B1).clamp_(min=0)
+        states_BNC = self._forward(ids_BN, positions_BN, seen_B1NT, kv)
         self.tokens_computed += sum(len(ids) - len(slots) for ids, slots in zip(texts, found, strict=True))
         self.tokens_reused += sum(len(slots) for slots in found)
         if self._known is not None:
             self._known.store(texts, range(len(texts)), firsts, kv)
         return states_BNC[:, -1]
+
+    def _forward(
+        self, ids_BN: torch.Tensor, positions_BN: torch.Tensor, seen_B1NT: torch.Tensor, kv: BatchKV
+    ) -> torch.Tensor:
+        """States (B, 1 or N, C) of new tokens, the last one last."""
+        if self._lean is not None:
+            return self._lean.read(ids_BN, positions_BN, seen_B1NT, kv, 1)
+        states_BNC: torch.Tensor = self._body(
+            input_ids=ids_BN,
+            attention_mask=seen_B1NT,
+            position_ids=positions_BN,
+            past_key_values=kv,
+            use_cache=True,
+        ).last_hidden_state
+        return states_BNC
 
 
 def _group(missing: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
