@@ -14,7 +14,7 @@ from serve.deployments import IngressReplica, ModelReplica, RouterReplica
 
 # By the session id of a call: a trajectory's steps meet the replica that has its prefix in the cache.
 _AFFINITY = RequestRouterConfig(
-    request_router_class="ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"  # type: ignore[arg-type]
+    request_router_class="serve.affinity:SessionRouter"  # type: ignore[arg-type]
 )
 # Trajectories under way when a replica is told to go have so long to end.
 _DRAIN_S = 60.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
@@ -44,6 +45,15 @@ class ModelReplica:
         self._facts: EngineFacts | None = None
         self._streams = 0
         self._calls = 0
+        self._steps = 0
+
+    async def check_health(self) -> None:
+        """Serve sends requests to a replica once this has returned for the first time: then the model is loaded.
+
+        Raises:
+            EngineError: the model cannot be loaded; Serve starts the replica anew.
+        """
+        await self.facts()
 
     async def facts(self) -> EngineFacts:
         """Load the model and tell its facts."""
@@ -58,6 +68,7 @@ class ModelReplica:
     async def generate_step(self, request: StepRequest) -> StepResult:
         """Write one step."""
         self._calls += 1
+        self._steps += 1
         try:
             return await self._engine.generate_step(request)
         finally:
@@ -74,6 +85,7 @@ class ModelReplica:
         the machine busy with parts alone.
         """
         self._streams += 1
+        self._steps += 1
         try:
             stream = cast("AsyncGenerator[StepDelta | StepResult, None]", stream_step(self._engine, request))
             async with aclosing(stream) as parts:
@@ -85,16 +97,23 @@ class ModelReplica:
             self._streams -= 1
 
     async def active(self) -> dict[str, int]:
-        """Work in hand: calls, streams, and rows in the engine."""
-        return {"calls": self._calls, "streams": self._streams, "rows": getattr(self._engine, "active", 0)}
+        """Work in hand (calls, streams, rows in the engine), steps asked for so far, and the process that tells it."""
+        rows = getattr(self._engine, "active", 0)
+        return {
+            "calls": self._calls,
+            "streams": self._streams,
+            "rows": rows,
+            "steps": self._steps,
+            "pid": os.getpid(),
+        }
 
 
 class RouterReplica:
     """Router networks of several versions, micro-batched; `user_config` brings new ones in while it answers.
 
     Args:
-        directory: the router that is served first.
-        fingerprints: of the pool, in which a calibration must have been made.
+        directory: the router that is served where `user_config` names none that can be loaded.
+        pool: the models to choose from; a router for another number of models is refused.
     """
 
     def __init__(self, directory: str, pool: PoolConfig) -> None:
@@ -105,12 +124,25 @@ class RouterReplica:
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Load the routers that `user_config` names (`{"routers": [DIRECTORY, ..]}`); the last one becomes the default.
 
-        Versions loaded before stay for the trajectories that use them.
+        Versions loaded before stay for the trajectories that use them. Once a router answers, a mistake is logged and
+        changes nothing: Serve would stop every replica that raised here, and nothing would be left to answer.
 
         Raises:
-            ConfigError: not such a mapping, or two directories hold different routers of one version.
-            CheckpointError: a directory holds no router for this pool. What was loaded goes on.
+            ConfigError: before any router answers: not such a mapping, or two directories hold one version.
+            CheckpointError: before any router answers: no directory, nor the first one, holds a router for this pool.
         """
+        try:
+            found = await asyncio.to_thread(self._load, self._read_names(user_config))
+        except (RoroError, OSError) as error:
+            if not self._loaded.versions:
+                raise
+            logger.error("new routers are refused, versions %s go on: %s", self._loaded.versions, error)
+            return
+        for policy, facts in found:
+            self._loaded.add(policy, facts)
+        logger.info("routers loaded: %s", ", ".join(facts.name for _, facts in found))
+
+    def _read_names(self, user_config: dict[str, Any]) -> list[str]:
         unknown = sorted(set(user_config) - {"routers"})
         directories = user_config.get("routers", [])
         if unknown or not isinstance(directories, list) or not all(isinstance(item, str) for item in directories):
@@ -118,17 +150,26 @@ class RouterReplica:
                 f"user_config of the router: got {user_config!r}, expected {{'routers': [DIRECTORY, ..]}} with "
                 "directories that save_router wrote, the newest last"
             )
-        await asyncio.to_thread(self._load, directories or [self._first])
+        return directories or [self._first]
 
-    def _load(self, directories: list[str]) -> None:
-        found = [self._read(Path(directory)) for directory in directories]
+    def _load(self, directories: list[str]) -> list[tuple[RouterPolicy, RouterFacts]]:
+        found, errors = [], []
+        for directory in directories:
+            try:
+                found.append(self._read(Path(directory)))
+            except (RoroError, OSError) as error:
+                errors.append(error)
+        if errors and not self._loaded.versions:
+            # A replica that starts must answer with what there is: the one before it refused these routers as well.
+            logger.error("not all of the routers %s can be loaded: %s", directories, "; ".join(map(str, errors)))
+            found = found or [self._read(Path(self._first))]
+        elif errors:
+            raise errors[0]
         versions = [facts.version for _, facts in found]
         for version in versions:
             if versions.count(version) > 1:
                 raise ConfigError(f"user_config of the router: two of {directories} have version {version}: give one")
-        for policy, facts in found:
-            self._loaded.add(policy, facts)
-        logger.info("routers loaded: %s", ", ".join(facts.name for _, facts in found))
+        return found
 
     def _read(self, directory: Path) -> tuple[RouterPolicy, RouterFacts]:
         network = load_router(directory, len(self._pool.models))
