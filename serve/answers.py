@@ -98,10 +98,14 @@ class EventStream(StreamingResponse):
         self._ended = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events."""
+        """Send the events until they end or the client leaves."""
+        # Of newer servers Starlette waits for a failing send, which does not come while a model is silent.
+        watched = {**scope, "asgi": {**scope["asgi"], "spec_version": "2.3"}}
         try:
             async with self._stack:
-                await super().__call__(scope, receive, send)
+                await super().__call__(watched, receive, send)
+        except OSError:  # a broken pipe; everything else that goes wrong amid the events is told as one of them
+            pass
         finally:
             if not self._ended:
                 self._facts.error = "client_left"
