@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +34,7 @@ from serve.schema import Limits
 from serve.service import RoutingService, ServiceOptions
 
 logger = logging.getLogger(__name__)
+_LANES_PER_ROUTER = 8  # enough that hashing spreads them evenly over the router's replicas
 _CHUNK_S = 0.0005  # for each stream under way a replica waits so long between two parts of one stream
 
 
@@ -194,9 +195,9 @@ class RouterReplica:
         """Answer: the process lives."""
         return True
 
-    async def judge_reading(self, version: int, reading: RouterReading) -> Opinion:
-        """The opinion of one version."""
-        return await self._loaded.judge_reading(version, reading)
+    async def judge_readings(self, version: int, readings: Sequence[RouterReading]) -> list[Opinion]:
+        """The opinions of one version, computed together with those of other calls."""
+        return list(await asyncio.gather(*(self._loaded.judge_reading(version, reading) for reading in readings)))
 
 
 class IngressReplica:
@@ -206,7 +207,8 @@ class IngressReplica:
         config = served.config
         metrics = RayMetrics(list(models))
         replica = serve.get_replica_context().replica_id.unique_id
-        backend = ServeBackend(models, router, config.rescue, metrics)
+        lanes = 1 if config.routers.max_replicas == 1 else _LANES_PER_ROUTER * config.routers.max_replicas
+        backend = ServeBackend(models, router, config.rescue, metrics, lanes)
         recorder = _make_recorder(config, replica, metrics)
         options = ServiceOptions(
             episode=served.episode,

@@ -27,6 +27,7 @@ from serve.affinity import make_session
 from serve.backend import RouterList, Routers, UnknownRouterError
 from serve.breaker import Breaker, SilentReplicaError
 from serve.config import RescueConfig
+from serve.gather import Gatherer
 from serve.metrics import Metrics
 
 Handle = DeploymentHandle[Any]
@@ -188,12 +189,17 @@ async def _read(handle: Handle, request: StepRequest) -> AsyncGenerator[StepDelt
 
 
 class HandleRouters:
-    """The router's deployment as `Routers`."""
+    """The router's deployment as `Routers`; decisions of the moment share a call (`Gatherer`).
 
-    def __init__(self, handle: Handle, breaker: Breaker, rescue: RescueConfig) -> None:
+    Args:
+        lanes: into how many lanes trajectories are dealt; with one replica more are of no use.
+    """
+
+    def __init__(self, handle: Handle, breaker: Breaker, rescue: RescueConfig, lanes: int = 1) -> None:
         self._handle = handle
         self._breaker = breaker
         self._rescue = rescue
+        self._gatherer = Gatherer(self._judge_readings, lanes)
 
     async def describe(self) -> RouterList:
         """What the replica asked has loaded.
@@ -213,13 +219,18 @@ class HandleRouters:
             EngineUnavailableError: no replica can be reached, or the network failed.
             UnknownRouterError: none has that version.
         """
+        return await self._gatherer.judge_reading(version, reading, session)
+
+    async def _judge_readings(
+        self, version: int, readings: tuple[RouterReading, ...], session: str
+    ) -> list[Opinion]:
         failures, last = 0, None
         for attempt in range(_UNKNOWN_ROUNDS):
-            handle = self._handle.options(method_name="judge_reading", session_id=make_session(session, attempt))
+            handle = self._handle.options(method_name="judge_readings", session_id=make_session(session, attempt))
             try:
                 async with self._breaker.guard():
-                    opinion: Opinion = await _ask(handle, version, reading)
-                    return opinion
+                    opinions: list[Opinion] = await _ask(handle, version, readings)
+                    return opinions
             except _FAILURES as error:
                 last = unwrap_error(error)
                 if isinstance(last, UnknownRouterError):
@@ -241,14 +252,17 @@ class ServeBackend:
 
     Args:
         models: handle of each model's deployment by name, cheap to dear.
+        lanes: of the router's calls, see `HandleRouters`.
     """
 
-    def __init__(self, models: dict[str, Handle], router: Handle, rescue: RescueConfig, metrics: Metrics) -> None:
+    def __init__(
+        self, models: dict[str, Handle], router: Handle, rescue: RescueConfig, metrics: Metrics, lanes: int = 1
+    ) -> None:
         self._engines = []
         for name, handle in models.items():
             breaker = Breaker(f"model {name!r}", _Probe(handle), rescue)
             self._engines.append(HandleEngine(name, handle, breaker, rescue, metrics))
-        self._routers = HandleRouters(router, Breaker("the router", _Probe(router), rescue), rescue)
+        self._routers = HandleRouters(router, Breaker("the router", _Probe(router), rescue), rescue, lanes)
         self._pool = EnginePool(self._engines)
 
     @property
