@@ -1,4 +1,4 @@
-"""Which replica gets a call: the session's own, or on a later try the next one.
+"""Which replica gets a call: the session's own, or on a later try the next one; a silent one must give a sign of life.
 
 Serve's consistent hashing keeps a session on one replica, but a hashed "other session" for a retry may well meet the
 same replica again, which is of no use where that one hangs. Here a session id tells its try.
@@ -6,11 +6,13 @@ same replica again, which is of no use where that one hangs. Here a session id t
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 
 _MARK = "+"
+_SILENT_S = 2.0
 
 
 def make_session(name: str, attempt: int = 0) -> str:
@@ -25,7 +27,16 @@ def split_session(session: str) -> tuple[str, int]:
 
 
 class SessionRouter(ConsistentHashRouter):
-    """Consistent hashing by the session's name; try N begins N replicas further."""
+    """Consistent hashing by the session's name; try N begins N replicas further.
+
+    Serve trusts what it last knew of a replica's queue, and would send call after call to a process that hangs until
+    its health checks have failed. A replica that was sent something and has not been heard of for 2 s is therefore
+    asked first: one that works answers in a millisecond, and for one that hangs the next is taken.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._unheard: dict[Any, float] = {}  # replica: when it was first sent something that it has not taken yet
 
     def _routing_key(self, pending_request: Any) -> str | None:
         key = super()._routing_key(pending_request)
@@ -34,8 +45,29 @@ class SessionRouter(ConsistentHashRouter):
     async def choose_replicas(self, candidate_replicas: Any, pending_request: Any = None) -> list[list[Any]]:
         """The replicas to try, one after the other."""
         ranks: list[list[Any]] = await super().choose_replicas(candidate_replicas, pending_request)
+        now = time.monotonic()
+        for replica in (replica for rank in ranks for replica in rank):
+            if now - self._unheard.get(replica.replica_id, now) > _SILENT_S:
+                self.replica_queue_len_cache.invalidate_key(replica.replica_id)
         session = None if pending_request is None else pending_request.metadata.session_id
         if not session or len(ranks) < 2:
             return ranks
         first = split_session(session)[1] % len(ranks)
         return ranks[first:] + ranks[:first]
+
+    def on_send_request(self, replica_id: Any) -> None:
+        """Something goes out to a replica."""
+        self._unheard.setdefault(replica_id, time.monotonic())
+        super().on_send_request(replica_id)
+
+    def on_new_queue_len_info(self, replica_id: Any, num_ongoing_requests: int) -> None:
+        """A replica took a call, or told how many it has."""
+        self._unheard.pop(replica_id, None)
+        super().on_new_queue_len_info(replica_id, num_ongoing_requests)
+
+    def update_replicas(self, replicas: list[Any]) -> None:
+        """The replicas have changed."""
+        super().update_replicas(replicas)
+        gone = self._unheard.keys() - {replica.replica_id for replica in replicas}
+        for replica_id in gone:
+            del self._unheard[replica_id]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from roro_ray.engines.protocol import StepDelta, StepRequest, StepResult, stream_step
 from roro_ray.errors import EngineUnavailableError
@@ -31,7 +33,9 @@ class StepWriter:
     index: int = 0
     options: EpisodeOptions = field(default_factory=EpisodeOptions)
     _shown: ShownText | None = None
-    _lost: list[int] = field(default_factory=list)  # token ids that a model wrote before it was gone
+    _drafted: int = 0  # tokens of the draft that the model asked last continues
+    _lost: int = 0  # tokens that the model asked last wrote before it was gone
+    _told: int = 0  # tokens by models that are gone whose text was told, and so stays
 
     def __post_init__(self) -> None:
         watcher = self.options.watcher
@@ -69,7 +73,7 @@ class StepWriter:
             degraded = True
         if self._shown is not None:
             self._shown.finish(result.text)
-        tokens = len(result.token_ids)
+        tokens = self._told + len(result.token_ids)
         confidence, confidence_min = measure_confidence(result.log_probs)
         return Step(
             model=decision.model,
@@ -79,7 +83,7 @@ class StepWriter:
             confidence_min=confidence_min,
             finish=result.finish,
             decision=decision,
-            usage=self.ledger.commit(decision.model, tokens),
+            usage=self.ledger.commit(decision.model, len(result.token_ids)),
             discarded=discarded,
             features=features,
             degraded=degraded,
@@ -90,6 +94,7 @@ class StepWriter:
             return draft
         kept_ids = draft.token_ids if draft is not None else ()
         request = self._request(model, self.max_tokens, kept_ids)
+        self._drafted = len(kept_ids)
         if self._shown is not None and draft is not None:
             self._shown.feed(draft.text.rstrip("\ufffd"))  # the stream tells an unfinished character anew
         result = await self._generate(model, request)
@@ -104,33 +109,35 @@ class StepWriter:
         engine = self.pool.engines[model]
         if self._shown is None:
             return await engine.generate_step(request)
-        self._lost.clear()
-        async for part in stream_step(engine, request):
-            if isinstance(part, StepDelta):
-                self._lost.extend(part.token_ids)
+        self._lost = 0
+        stream = cast("AsyncGenerator[StepDelta | StepResult, None]", stream_step(engine, request))
+        async with aclosing(stream) as parts:
+            async for part in parts:
+                if isinstance(part, StepResult):
+                    return part
+                self._lost += len(part.token_ids)
                 self._shown.feed(part.text)
-            else:
-                return part
         raise EngineUnavailableError(f"model {engine.name!r} ended a stream without a result: ask another replica")
 
     async def _rescue(self, decision: Decision, error: EngineUnavailableError) -> tuple[Decision, StepResult]:
         """Another model goes on from the last text that was told; nothing of it is taken back or said twice."""
         for model in nearest_models(decision.model, self.pool.size):
-            self.ledger.charge_lost(decision.model, len(self._lost))
-            told = self._shown.text if self._shown is not None else ""
-            lost = len(self._lost) if told else 0
+            self.ledger.charge_lost(decision.model, self._lost)
+            told = self._shown.take_back() if self._shown is not None else ""
+            self._told = self._told + self._drafted + self._lost if told else 0
+            self._drafted = self._lost = 0
             decision = replace(decision, model=model, log_prob=0.0, version=-1)
             if self.options.watcher is not None:
                 self.options.watcher.on_decision(self.index, decision, True)
             try:
-                return decision, await self._continue(model, told, lost)
+                return decision, await self._continue(model, told)
             except EngineUnavailableError as another:
                 error = another
         raise error
 
-    async def _continue(self, model: int, told: str, lost: int) -> StepResult:
-        """The step by `model` after `told`, which another one wrote in `lost` tokens."""
-        request = self._request(model, max(self.max_tokens - lost, 1))
+    async def _continue(self, model: int, told: str) -> StepResult:
+        """The step by `model` after `told`, which others wrote."""
+        request = self._request(model, max(self.max_tokens - self._told, 1))
         result = await self._generate(model, replace(request, prefix=self.prefix + told))
         self.ledger.charge_generation(model, result)
         return replace(result, text=told + result.text)

@@ -65,10 +65,10 @@ class ShownText:
         self._known = ""
         self._shown = 0
 
-    @property
-    def text(self) -> str:
-        """What the watcher was told."""
-        return self._known[: self._shown]
+    def take_back(self) -> str:
+        """Forget what was not told, since its writer is gone; gives what was told, which stays."""
+        self._known = self._known[: self._shown]
+        return self._known
 
     def feed(self, text: str) -> None:
         """Take more text of the step and tell what is certain of it."""
