@@ -113,7 +113,8 @@ async def run_episode(
         if options.watcher is not None:
             options.watcher.on_step(len(steps) - 1, step, time.perf_counter() - began)
             if not options.watcher.wants_more():
-                end = find_end(steps, config) or "stop_string"
+                # A stop string that came with the last token allowed is a stop all the same.
+                end = "answer" if find_end(steps, config) == "answer" else "stop_string"
                 break
     return _make_trajectory(spec, steps, end)
 
