@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo compare test test-fast lint format types bench doctor clean distclean
+.PHONY: help setup demo compare calibrate serve test test-fast lint format types bench doctor clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -38,6 +38,12 @@ demo: $(STAMP)  ## the whole method on tiny real models: table, report.html (ARG
 
 compare: $(STAMP)  ## RoRo beside its controls over 3 seeds; writes docs/results.md
 	$(BIN)/python -m jobs.compare $(ARGS)
+
+serve: $(STAMP)  ## the newest run's router as an OpenAI endpoint on loopback, with a page (ARGS="run_dir=.. port=8000")
+	$(BIN)/python -m serve $(ARGS)
+
+calibrate: $(STAMP)  ## measure what each cost weight gives (ARGS="run_dir=runs/NAME"); make demo does it too
+	$(BIN)/python -m jobs.calibrate $(ARGS)
 
 test: $(STAMP)  ## all tests
 	$(BIN)/python -m pytest $(ARGS)
