@@ -17,10 +17,13 @@ def make_document(
 ) -> dict[str, Any]:
     """The document of a running server: what can be asked for, and the pool's models (none while loading)."""
     document = drop_framework_errors(copy.deepcopy(app.openapi()))
-    bodies = {"/v1/chat/completions": chat_request_schema, "/v1/routing/explain": explain_request_schema}
-    for path, make_schema in bodies.items():
-        operation = document["paths"][path]["post"]
-        operation.update(make_operation(make_schema(limits, names, models), models))
+    routers = [name for name in names if name not in models]  # only what decides can be explained
+    bodies = {
+        "/v1/chat/completions": chat_request_schema(limits, names, models),
+        "/v1/routing/explain": explain_request_schema(limits, routers, models),
+    }
+    for path, schema in bodies.items():
+        document["paths"][path]["post"].update(make_operation(schema, models))
     document["components"] = document.get("components", {}) | {
         "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}
     }

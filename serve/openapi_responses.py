@@ -50,9 +50,16 @@ def chat_responses() -> dict[int | str, Schema]:
     """FastAPI's `responses` for POST /v1/chat/completions."""
     content = {
         "application/json": {"schema": completion_schema()},
-        "text/event-stream": {"schema": {"type": "string", "description": "Chunks as `data:` lines, then [DONE]."}},
+        "text/event-stream": {"itemSchema": _server_sent_event()},
     }
     return {200: _response("The answer, or its stream.", content), **error_responses()}
+
+
+def _server_sent_event() -> Schema:
+    """One event of a stream, as OpenAPI 3.2 describes it; tools that know only 3.1 pass over `itemSchema`."""
+    told = {"anyOf": [chunk_schema(), error_schema()]}
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": told}
+    return _object({"data": {"anyOf": [{"const": "[DONE]"}, data]}})
 
 
 def explain_responses() -> dict[int | str, Schema]:
@@ -146,7 +153,8 @@ def models_schema() -> Schema:
 
 def health_schema() -> Schema:
     """GET /healthz, whether 200 or 503."""
-    model = _object({"ok": _FLAG, "milliseconds": _MAYBE_NUMBER})
+    answered = _object({"ok": {"const": True}, "milliseconds": _NUMBER})
+    model = {"oneOf": [answered, _object({"ok": {"const": False}, "error": _TEXT})]}
     return _object(
         {
             "status": _TEXT,
@@ -160,15 +168,14 @@ def info_schema() -> Schema:
     """GET /v1/routing/info."""
     model = _object({"name": _TEXT, "parameters": _COUNT, "flops_per_token": _NUMBER})
     interval = {"type": "array", "items": _MAYBE_NUMBER, "minItems": 3, "maxItems": 3}
-    figures = dict.fromkeys(("large_share", "accuracy", "flops_ratio"), interval)
-    calibration = _object(
-        {"queries": _COUNT, "points": {"type": "array", "items": _object({"cost_weight": _NUMBER, **figures})}}
-    )
+    figures = dict.fromkeys(("large_share", "accuracy", "accuracy_gap", "flops_ratio"), interval)
+    points = {"type": "array", "items": _object({"cost_weight": _NUMBER, **figures})}
+    calibration = _object({"queries": _COUNT, "confidence": _NUMBER, "points": points})
     return _object(
         {
             "models": {"type": "array", "items": model},
             "routers": {"type": "array", "items": _TEXT},
-            "default": _TEXT,
+            "default": _MAYBE_TEXT,
             "cost_weight": _object({"default": _MAYBE_NUMBER, "low": _MAYBE_NUMBER, "high": _MAYBE_NUMBER}),
             "calibration": {"anyOf": [{"type": "null"}, calibration]},
             "limits": {"type": "object"},
