@@ -7,6 +7,7 @@ STAMP := $(VENV)/.roro-installed
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 ARGS ?=
+FUZZ_CASES ?= 10000
 
 # One thread per process: several processes share the cores, and OpenMP's busy waiting makes them 10 to 100x slower.
 export OMP_NUM_THREADS ?= 1
@@ -15,7 +16,7 @@ export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo compare calibrate serve test test-fast lint format types bench doctor clean distclean
+.PHONY: help setup demo compare calibrate serve test test-fast fuzz lint format types bench doctor clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -50,6 +51,9 @@ test: $(STAMP)  ## all tests
 
 test-fast: $(STAMP)  ## tests that start no other process
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+fuzz: $(STAMP)  ## the HTTP API against 10,000 generated requests (FUZZ_CASES=N for another number)
+	FUZZ_CASES=$(FUZZ_CASES) $(BIN)/python -m pytest tests/test_serve_fuzz.py $(ARGS)
 
 lint: $(STAMP)  ## ruff: errors, style and format
 	$(BIN)/python -m ruff check .
