@@ -156,6 +156,7 @@ class RoutingService:
         facts.router_version = route.version if route.version >= 0 else None
         began = time.perf_counter()
         async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self._observe_load)  # once the slots are given back, however the answer ends
             try:
                 async with asyncio.timeout(self.options.timeout_s):
                     await stack.enter_async_context(self.admission.enter(request.n))
@@ -176,7 +177,6 @@ class RoutingService:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError, Exception):
                     await task
-        self._observe_load()
 
     def _observe_load(self) -> None:
         self.metrics.observe_load(self.admission.waiting, self.admission.used)
