@@ -100,7 +100,7 @@ class EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events until they end or the client leaves."""
         # Of newer servers Starlette waits for a failing send, which does not come while a model is silent.
-        watched = {**scope, "asgi": {**scope["asgi"], "spec_version": "2.3"}}
+        watched = {**scope, "asgi": {**scope.get("asgi", {}), "spec_version": "2.3"}}
         try:
             async with self._stack:
                 await super().__call__(watched, receive, send)

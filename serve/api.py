@@ -104,7 +104,7 @@ def _add_answers(app: FastAPI, service: RoutingService, options: ApiOptions) -> 
             return JSONResponse(await until_gone(request, complete_answer(service, asked, facts)))
         # Entered here, so that a request that cannot start is an error response and not a broken stream.
         stack = contextlib.AsyncExitStack()
-        answer = await stack.enter_async_context(service.answer(asked, facts))
+        answer = await until_gone(request, stack.enter_async_context(service.answer(asked, facts)))
         return EventStream(stream_answer(service, answer), stack, facts)
 
     @app.post("/v1/routing/explain", responses=explain_responses())
@@ -113,7 +113,7 @@ def _add_answers(app: FastAPI, service: RoutingService, options: ApiOptions) -> 
         body = await _read_body(request, options.limits.max_body_bytes)
         asked = parse_explain_request(body, request.headers, options.limits)
         facts.model = asked.chat.model
-        return JSONResponse(await explain(service, asked, facts))
+        return JSONResponse(await until_gone(request, explain(service, asked, facts)))
 
 
 def _add_facts(app: FastAPI, service: RoutingService, options: ApiOptions) -> None:

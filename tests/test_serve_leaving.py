@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.serving import CHAT, ask, make_engines, make_served, running, wait_until
+from serve.service import ServiceOptions
+from tests.serving import CHAT, EXPLAIN, ask, make_engines, make_served, running, wait_until
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -38,6 +39,22 @@ async def test_whoever_leaves_takes_nothing_along(stream: bool, when: str, tmp_p
     assert served.log()[-1]["error"] == "client_left"
 
 
+@pytest.mark.parametrize(("path", "stream"), [(CHAT, False), (CHAT, True), (EXPLAIN, False)])
+async def test_whoever_leaves_the_queue_makes_room_in_it(path: str, stream: bool, tmp_path: Path) -> None:
+    options = ServiceOptions(max_concurrent=1, max_queue=1)
+    served = make_served(make_engines(hangs=lambda prefix: True), options=options, log_path=tmp_path / "log")
+    body = {"type": "http.request", "body": json.dumps(ask(stream=stream)).encode(), "more_body": False}
+    async with running(served) as client:
+        holder = asyncio.create_task(client.post(CHAT, json=ask()))
+        await wait_until(lambda: served.active == 1)
+        waiting = served.service.admission
+        await asyncio.wait_for(call(served.app, [body], lambda: waiting.waiting == 1, path=path), 20)
+        assert (waiting.waiting, waiting.used) == (0, 1)
+        assert served.log()[-1]["error"] == "client_left"
+        holder.cancel()
+        await asyncio.gather(holder, return_exceptions=True)
+
+
 @pytest.mark.parametrize("fails_after", [1, 3, None])
 async def test_a_client_that_a_newer_server_loses_frees_its_slots(fails_after: int | None, tmp_path: Path) -> None:
     """Newer servers let a send fail; while a model is silent nothing is sent, so that the leaving itself must count."""
@@ -60,6 +77,7 @@ async def call(
     until: Any = lambda: True,
     fails_after: int | None = None,
     spec: str = "2.3",
+    path: str = CHAT,
 ) -> list[dict[str, Any]]:
     """Call the app as a server would: `messages` come, then the client leaves once `until` is true.
 
@@ -85,8 +103,8 @@ async def call(
         "http_version": "1.1",
         "method": "POST",
         "scheme": "http",
-        "path": CHAT,
-        "raw_path": CHAT.encode(),
+        "path": path,
+        "raw_path": path.encode(),
         "root_path": "",
         "query_string": b"",
         "headers": [(b"content-type", b"application/json"), (b"host", b"roro.test")],
