@@ -36,7 +36,7 @@ from serve.openapi_responses import (
     model_schema,
     models_schema,
 )
-from serve.problems import install_handlers, model_not_found, too_large
+from serve.problems import deadline, install_handlers, model_not_found, too_large
 from serve.schema import Limits, parse_chat_request, parse_explain_request
 from serve.service import RoutingService
 
@@ -97,7 +97,7 @@ def _add_answers(app: FastAPI, service: RoutingService, options: ApiOptions) -> 
     @app.post("/v1/chat/completions", responses=chat_responses())
     async def complete(request: Request) -> Response:
         facts = _facts(request)
-        body = await _read_body(request, options.limits.max_body_bytes)
+        body = await _read_body(request, options.limits.max_body_bytes, service.options.timeout_s)
         asked = parse_chat_request(body, request.headers, options.limits)
         facts.model, facts.stream, facts.user = asked.model, asked.stream, asked.user or asked.safety_identifier or ""
         if not asked.stream:
@@ -110,7 +110,7 @@ def _add_answers(app: FastAPI, service: RoutingService, options: ApiOptions) -> 
     @app.post("/v1/routing/explain", responses=explain_responses())
     async def explain_routing(request: Request) -> Response:
         facts = _facts(request)
-        body = await _read_body(request, options.limits.max_body_bytes)
+        body = await _read_body(request, options.limits.max_body_bytes, service.options.timeout_s)
         asked = parse_explain_request(body, request.headers, options.limits)
         facts.model = asked.chat.model
         return JSONResponse(await until_gone(request, explain(service, asked, facts)))
@@ -165,16 +165,19 @@ def _facts(request: Request) -> RequestFacts:
     return facts
 
 
-async def _read_body(request: Request, most: int) -> bytes:
-    """The body, refused as soon as it is too long, whatever Content-Length said."""
+async def _read_body(request: Request, most: int, timeout_s: float) -> bytes:
+    """The body, refused as soon as it is too long, whatever Content-Length said, or too long in coming."""
     body = bytearray()
     try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > most:
-                raise too_large(most)
+        async with asyncio.timeout(timeout_s):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > most:
+                    raise too_large(most)
     except ClientDisconnect:
         raise client_left() from None
+    except TimeoutError:
+        raise deadline(timeout_s) from None
     return bytes(body)
 
 

@@ -26,6 +26,14 @@ async def test_a_body_whose_client_leaves_is_no_error_of_ours(tmp_path: Path) ->
     assert all(message.get("status", 499) == 499 for message in sent)
 
 
+async def test_a_body_that_never_ends_meets_the_deadline() -> None:
+    served = make_served(options=ServiceOptions(timeout_s=0.1))
+    async with running(served):
+        begun = {"type": "http.request", "body": b"{", "more_body": True}
+        sent = await asyncio.wait_for(call(served.app, [begun], lambda: False), 20)
+    assert sent[0]["status"] == 504 and json.loads(sent[1]["body"])["error"]["code"] == "deadline_exceeded"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("when", ["at once", "amid a step"])
 async def test_whoever_leaves_takes_nothing_along(stream: bool, when: str, tmp_path: Path) -> None:
