@@ -18,6 +18,8 @@ _AFFINITY = RequestRouterConfig(
 )
 # Trajectories under way when a replica is told to go have so long to end.
 _DRAIN_S = 60.0
+# More work than the target for so long brings a replica; Serve's default, 30 s, is half a request's deadline.
+_UPSCALE_S = 10.0
 
 
 def build(args: Mapping[str, Any]) -> Application:
@@ -64,5 +66,6 @@ def _options(replicas: ReplicaConfig) -> dict[str, Any]:
             "min_replicas": replicas.min_replicas,
             "max_replicas": replicas.max_replicas,
             "target_ongoing_requests": replicas.target_ongoing,
+            "upscale_delay_s": _UPSCALE_S,
         }
     return options

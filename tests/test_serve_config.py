@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from processes import BIN, ROOT, free_ports, running_ray
+from processes import BIN, ROOT, find_processes, free_ports, running_ray
 from ray.serve.schema import ServeDeploySchema
 from serve_server import MODELS, Reply, make_body, make_client, make_questions, make_router_files, make_run, take_line
 
@@ -157,11 +157,10 @@ async def ask_until(stopped: asyncio.Event, url: str) -> list[tuple[Reply, set[i
 @pytest.mark.timeout(300)
 async def test_serve_run_answers_and_serve_deploy_swaps_routers_under_load() -> None:
     with running_ray() as (folder, environment, dashboard):
-        address = re.search(r"--address='([^']+)'", (folder / "ray.log").read_text())
-        assert address
+        address = find_address(folder)
         port = free_ports(1)[0]
         url = f"http://127.0.0.1:{port}"
-        with served(folder, environment, address[1], port) as file:
+        with served(folder, environment, address, port) as file:
             await wait_for_models(url, {"auto", "router-v3", *MODELS})
             run = folder / "served" / "run"
             old = run / "router" / "roro"
@@ -195,6 +194,12 @@ async def test_serve_run_answers_and_serve_deploy_swaps_routers_under_load() -> 
                 assert versions == {4} and newest.summary["steps"]["small"] == 0
                 _, versions = await ask(client, url, make_body(QUESTIONS[0], model="router-v3"))
                 assert versions == {3}
+
+
+def find_address(folder: Path) -> str:
+    """Where drivers join this test's Ray: from the command that started it."""
+    words = [word for process in find_processes(folder) for word in process.cmdline()]
+    return "127.0.0.1:" + next(word for word in words if word.startswith("--port=")).removeprefix("--port=")
 
 
 def find_replicas(folder: Path) -> set[int]:
