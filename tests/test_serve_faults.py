@@ -268,6 +268,27 @@ async def go_without(server: Server, deployment: str, files: Path, writers: set[
     return replies
 
 
+async def test_while_the_models_load_clients_are_told_to_come_back(server: Server, healthy: None) -> None:
+    files = [server.run.parent / model for model in MODELS]
+    for each in files:
+        os.rename(each, each.with_name(f"hidden-{each.name}"))
+    try:
+        for name in ("model-small", "model-large", "ingress"):
+            for pid in server.pids(name):
+                os.kill(pid, signal.SIGKILL)
+        url, body = f"{server.url}/v1/chat/completions", make_body(QUESTIONS[0])
+        async with make_client(60) as client:  # Serve's proxy holds a request until there is an ingress again
+            answer = await client.post(url, json=body)
+            streamed = await client.post(url, json={**body, "stream": True})
+        for each in (answer, streamed):
+            assert each.status_code == 503
+            assert int(each.headers["retry-after"]) >= 1
+            assert each.json()["error"]["code"] == "loading"
+    finally:
+        for each in files:
+            os.rename(each.with_name(f"hidden-{each.name}"), each)
+
+
 # Who may come near
 
 
