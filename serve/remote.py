@@ -9,16 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
-
-import grpc
-from ray.exceptions import RayError, RayTaskError
-from ray.serve._private.utils import generate_request_id
-from ray.serve.context import _set_request_context
-from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from typing import Any
 
 from actors.waiting import unwrap_error
 from roro_ray.engines.pool import EnginePool
@@ -28,14 +21,11 @@ from roro_ray.routing.opinion import Opinion, RouterReading
 from serve.affinity import make_session
 from serve.backend import RouterList, Routers, UnknownRouterError
 from serve.breaker import Breaker, SilentReplicaError
+from serve.calls import FAILURES, Handle, ask, ask_plainly, is_replica_failure, read_parts
 from serve.config import RescueConfig
 from serve.gather import Gatherer
 from serve.metrics import Metrics
 
-Handle = DeploymentHandle[Any]
-# What Serve raises of a replica that died, is being stopped or cannot be reached; between deployments it speaks gRPC
-# or actor calls, as RAY_SERVE_USE_GRPC_BY_DEFAULT says. Errors of our own code come as RayTaskError.
-_FAILURES = (RayError, RayServeException, grpc.RpcError, SilentReplicaError, asyncio.CancelledError)
 _UNKNOWN_ROUNDS = 40  # a new router version reaches all replicas within a few seconds
 _UNKNOWN_WAIT_S = 0.1
 _DESCRIBE_S = 10.0
@@ -60,7 +50,7 @@ class HandleEngine:
         Raises:
             EngineUnavailableError: a replica died meanwhile; ask again.
         """
-        facts: EngineFacts = await _ask_plainly(self.handle.options(method_name="facts"), f"model {self.name!r}")
+        facts: EngineFacts = await ask_plainly(self.handle.options(method_name="facts"), f"model {self.name!r}")
         return facts
 
     def bind(self, session: str) -> HandleEngine:
@@ -88,8 +78,8 @@ class HandleEngine:
             handle = self._target(method)
             try:
                 async with self.breaker.guard():
-                    return await _ask(handle, *arguments)
-            except _FAILURES as error:
+                    return await ask(handle, *arguments)
+            except FAILURES as error:
                 last = self._on_failure(error)
         raise self._gone(last)
 
@@ -105,7 +95,7 @@ class HandleEngine:
             handle = self._target("stream_step", stream=True)
             told = len(request.kept_ids) == kept
             try:
-                async with self.breaker.guard() as answered, contextlib.aclosing(_read(handle, request)) as parts:
+                async with self.breaker.guard() as answered, contextlib.aclosing(read_parts(handle, request)) as parts:
                     async for part in parts:
                         answered()
                         if isinstance(part, StepDelta):
@@ -114,7 +104,7 @@ class HandleEngine:
                         if isinstance(part, StepResult):
                             return
                 raise SilentReplicaError(f"model {self.name!r}: a stream ended without a result")
-            except _FAILURES as error:
+            except FAILURES as error:
                 last = self._on_failure(error)
         raise self._gone(last)
 
@@ -140,66 +130,6 @@ class HandleEngine:
         )
 
 
-def is_replica_failure(error: BaseException) -> bool:
-    """Whether a call failed since its replica is gone, so that another one may do better; else the work itself failed.
-
-    Raises:
-        CancelledError: the caller itself is cancelled (a replica that stops cancels calls too).
-    """
-    if isinstance(error, asyncio.CancelledError):
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise error
-        return True
-    if isinstance(error, RayTaskError):
-        cause = error.cause
-        return isinstance(cause, (EngineUnavailableError, RayError, RayServeException, grpc.RpcError))
-    return True
-
-
-def _send(handle: Handle, *arguments: Any) -> Any:
-    """One call, under an id of its own.
-
-    Serve knows a call that waits for a replica by the id of the HTTP request that it was made in: of two such calls of
-    one request (its choices, a probe's) the second would wait until its deadline.
-    """
-    _set_request_context(_internal_request_id=generate_request_id())
-    return handle.remote(*arguments)
-
-
-async def _ask(handle: Handle, *arguments: Any) -> Any:
-    """One call; a caller that leaves or runs out of time takes it back."""
-    response = _send(handle, *arguments)
-    try:
-        return await response
-    except asyncio.CancelledError:
-        response.cancel()
-        raise
-
-
-async def _ask_plainly(handle: Handle, name: str) -> Any:
-    try:
-        return await _ask(handle)
-    except _FAILURES as error:
-        if is_replica_failure(error):
-            raise EngineUnavailableError(f"{name}: its replica is gone ({type(error).__name__})") from error
-        raise unwrap_error(error) from error
-
-
-async def _read(handle: Handle, request: StepRequest) -> AsyncGenerator[StepDelta | StepResult, None]:
-    """The parts of a remote stream; closing it before the result cancels the remote generator."""
-    response = cast("DeploymentResponseGenerator[Any]", _send(handle, request))
-    done = False
-    try:
-        async for parts in response:
-            for part in parts:
-                done = isinstance(part, StepResult)
-                yield part
-    finally:
-        if not done:
-            response.cancel()
-
-
 class HandleRouters:
     """The router's deployment as `Routers`; decisions of the moment share a call (`Gatherer`).
 
@@ -221,7 +151,7 @@ class HandleRouters:
             TimeoutError: it does not answer.
         """
         async with asyncio.timeout(_DESCRIBE_S):
-            found: RouterList = await _ask_plainly(self._handle.options(method_name="describe"), "the router")
+            found: RouterList = await ask_plainly(self._handle.options(method_name="describe"), "the router")
         return found
 
     async def judge_reading(self, version: int, reading: RouterReading, session: str) -> Opinion:
@@ -233,17 +163,15 @@ class HandleRouters:
         """
         return await self._gatherer.judge_reading(version, reading, session)
 
-    async def _judge_readings(
-        self, version: int, readings: tuple[RouterReading, ...], session: str
-    ) -> list[Opinion]:
+    async def _judge_readings(self, version: int, readings: tuple[RouterReading, ...], session: str) -> list[Opinion]:
         failures, last = 0, None
         for attempt in range(_UNKNOWN_ROUNDS):
             handle = self._handle.options(method_name="judge_readings", session_id=make_session(session, attempt))
             try:
                 async with self._breaker.guard():
-                    opinions: list[Opinion] = await _ask(handle, version, readings)
+                    opinions: list[Opinion] = await ask(handle, version, readings)
                     return opinions
-            except _FAILURES as error:
+            except FAILURES as error:
                 last = unwrap_error(error)
                 if isinstance(last, UnknownRouterError):
                     await asyncio.sleep(_UNKNOWN_WAIT_S)
@@ -305,7 +233,7 @@ class _Probe:
     async def __call__(self) -> None:
         calls = [
             asyncio.ensure_future(
-                _ask(self.handle.options(method_name="ping", session_id=make_session("probe", attempt)))
+                ask(self.handle.options(method_name="ping", session_id=make_session("probe", attempt)))
             )
             for attempt in range(_PROBED)
         ]
@@ -315,7 +243,7 @@ class _Probe:
                 try:
                     await call
                     return
-                except _FAILURES as error:
+                except FAILURES as error:
                     is_replica_failure(error)
                     failure = error
             raise EngineUnavailableError("no replica gave a sign of life") from failure

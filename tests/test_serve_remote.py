@@ -48,6 +48,7 @@ GONE: dict[str, Failure] = {
     "unavailable": lambda: ActorUnavailableError("gone", b"\0" * 16),
     "connection": LostConnection,
     "back-pressure": lambda: BackPressureError(3, 2),
+    "stopping": lambda: RuntimeError("Unexpected error (StatusCode.UNAVAILABLE)"),
     "cancelled request": lambda: RequestCancelledError("r"),
     "failed deployment": lambda: DeploymentUnavailableError("model"),  # type: ignore[arg-type]
     "cancelled": asyncio.CancelledError,  # by a replica that stops, not by the caller
