@@ -6,9 +6,12 @@ same replica again, which is of no use where that one hangs. Here a session id t
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Any
 
+from ray.serve._private.request_router import RequestRouter
+from ray.serve._private.utils import generate_request_id
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 
 _MARK = "+"
@@ -37,6 +40,22 @@ class SessionRouter(ConsistentHashRouter):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._unheard: dict[Any, float] = {}  # replica: when it was first sent something that it has not taken yet
+
+    async def _choose_replica_for_request(self, pending_request: Any, *, is_retry: bool = False) -> Any:
+        """The replica of one call.
+
+        Calls made while one request is handled share its internal id, by which Serve's own routers of this kind find
+        the call that a replica was chosen for: two at once, and one is never sent (seen with Ray 2.60). So each gets
+        an id of its own. The handle's copy keeps the shared one, by which a request that ends ends its calls.
+        """
+        if not is_retry:
+            metadata = dataclasses.replace(pending_request.metadata, internal_request_id=generate_request_id())
+            pending_request.metadata = metadata
+        return await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
+
+    async def _fulfill_pending_requests(self) -> None:
+        """Routes what waits, by the base class's loop: that of ConsistentHashRouter may overlook what just arrived."""
+        await RequestRouter._fulfill_pending_requests(self)
 
     def _routing_key(self, pending_request: Any) -> str | None:
         key = super()._routing_key(pending_request)

@@ -13,7 +13,7 @@ from serve.config import ReplicaConfig, Served, load_server_config, read_served
 from serve.deployments import IngressReplica, ModelReplica, RouterReplica
 
 # By the session id of a call: a trajectory's steps meet the replica that has its prefix in the cache.
-_AFFINITY = RequestRouterConfig(
+AFFINITY = RequestRouterConfig(
     request_router_class="serve.affinity:SessionRouter"  # type: ignore[arg-type]
 )
 # Trajectories under way when a replica is told to go have so long to end.
@@ -35,13 +35,13 @@ def make_application(served: Served) -> Application:
     """The deployments and how they are joined."""
     models = {
         model.name: serve.deployment(
-            name=f"model-{model.name}", request_router_config=_AFFINITY, **_options(served.replicas(model.name))
+            name=f"model-{model.name}", request_router_config=AFFINITY, **_options(served.replicas(model.name))
         )(ModelReplica).bind(model, served.pool)
         for model in served.pool.models
     }
     router = serve.deployment(
         name="router",
-        request_router_config=_AFFINITY,
+        request_router_config=AFFINITY,
         user_config={"routers": [served.router]},
         **_options(served.config.routers),
     )(RouterReplica).bind(served.router, served.pool)
