@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from ray.serve.context import _get_serve_request_context, _set_request_context
 
-from serve.remote import _ask
+from serve.calls import ask
 
 
 @dataclass
@@ -28,7 +28,7 @@ class _Handle:
 async def test_calls_of_one_request_are_not_taken_for_one() -> None:
     _set_request_context(request_id="req-1", _internal_request_id="of the HTTP request")
     handle = _Handle()
-    found = await asyncio.gather(*(_ask(cast(Any, handle), number) for number in range(5)))
+    found = await asyncio.gather(*(ask(cast(Any, handle), number) for number in range(5)))
     assert found == [(number,) for number in range(5)]
     names, own = zip(*handle.ids, strict=True)
     assert set(names) == {"req-1"}, "the id that the logs tell has changed"
