@@ -46,6 +46,8 @@ def running(served: Served) -> Iterator[str]:
     """The application, deployed and answering while the block runs; gives its URL."""
     # One event loop per replica; with HAProxy 3 to 5 times the requests per second of Serve's own proxy.
     os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
+    # It would hold log lines back until there are a thousand; the access log and errors belong on disk at once.
+    os.environ.setdefault("RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE", "1")
     # A hung replica cannot end its work: without this it keeps its CPU or GPU for another minute.
     os.environ.setdefault("RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS", "1")
     if served.config.haproxy:
@@ -62,13 +64,16 @@ def running(served: Served) -> Iterator[str]:
 
 def _serve(served: Served) -> Iterator[str]:
     from ray import serve
+    from ray.serve.schema import LoggingConfig
 
     from serve.app import make_application
 
     config = served.config
     try:
         serve.start(http_options={"host": config.host, "port": config.port, "request_timeout_s": None})
-        serve.run(make_application(served), name="roro", route_prefix="/")
+        # Serve would write a line for every call between deployments; the server's own log has one a request.
+        quiet = LoggingConfig(enable_access_log=False)
+        serve.run(make_application(served), name="roro", route_prefix="/", logging_config=quiet)
         yield f"http://{config.host}:{config.port}"
     finally:
         serve.shutdown()
