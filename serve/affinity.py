@@ -10,7 +10,7 @@ import dataclasses
 import time
 from typing import Any
 
-from ray.serve._private.request_router import RequestRouter
+from ray.serve._private.request_router.request_router import RequestRouter
 from ray.serve._private.utils import generate_request_id
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 

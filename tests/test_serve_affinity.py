@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -19,31 +20,36 @@ def test_a_session_id_tells_its_try() -> None:
     assert split_session("odd+name") == ("odd+name", 0)
 
 
-class Echo:
-    """Tells which process answered."""
+def make_classes() -> tuple[type, type]:
+    """Made in a function, so that they travel by value: a replica cannot import a test module."""
 
-    async def ping(self, value: int) -> tuple[int, int]:
-        await asyncio.sleep(0.001)
-        return value, os.getpid()
+    class Echo:
+        """Tells which process answered."""
+
+        async def ping(self, value: int) -> tuple[int, int]:
+            await asyncio.sleep(0.001)
+            return value, os.getpid()
 
 
-class Caller:
-    """Makes many calls while it handles one request, as an answer with several choices does."""
+    class Caller:
+        """Makes many calls while it handles one request, as an answer with several choices does."""
 
-    def __init__(self, echo: object) -> None:
-        self._echo = echo
+        def __init__(self, echo: object) -> None:
+            self._echo = echo
 
-    async def run(self, calls: int, lanes: int, sessions: int) -> list[tuple[int, int]]:
-        numbers, answers = iter(range(calls)), []
+        async def run(self, calls: int, lanes: int, sessions: int) -> list[tuple[int, int]]:
+            numbers, answers = iter(range(calls)), []
 
-        async def lane() -> None:
-            for number in numbers:
-                session = make_session(f"session-{number % sessions}")
-                handle = self._echo.options(method_name="ping", session_id=session)  # type: ignore[attr-defined]
-                answers.append(await handle.remote(number))
+            async def lane() -> None:
+                for number in numbers:
+                    session = make_session(f"session-{number % sessions}")
+                    handle = self._echo.options(method_name="ping", session_id=session)  # type: ignore[attr-defined]
+                    answers.append(await handle.remote(number))
 
-        await asyncio.gather(*(lane() for _ in range(lanes)))
-        return answers
+            await asyncio.gather(*(lane() for _ in range(lanes)))
+            return answers
+
+    return Echo, Caller
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +62,15 @@ def caller() -> Iterator[object]:
 
     os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
     folder = tempfile.mkdtemp(prefix="roro-ray-")
-    from pathlib import Path
-
     start_local(200, Path(folder), 4)
     try:
         serve.start(http_options={"location": "NoServer"})
+        echo_class, caller_class = make_classes()
         small = {"ray_actor_options": {"num_cpus": 0.1}, "max_ongoing_requests": 1000}
-        echo = serve.deployment(name="echo", num_replicas=2, request_router_config=AFFINITY, **small)(Echo).bind()
-        serve.run(serve.deployment(name="caller", **small)(Caller).bind(echo), name="affinity", route_prefix=None)
+        echo = serve.deployment(name="echo", num_replicas=2, request_router_config=AFFINITY, **small)(
+            echo_class
+        ).bind()
+        serve.run(serve.deployment(name="caller", **small)(caller_class).bind(echo), name="affinity", route_prefix=None)
         yield serve
         serve.shutdown()
     finally:
