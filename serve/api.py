@@ -21,7 +21,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from serve.access_log import AccessLog
 from serve.answers import EventStream, client_left, complete_answer, stream_answer, until_gone
 from serve.auth import ApiKey
-from serve.checks import check_health, explain
+from serve.checks import HealthCheck, explain
 from serve.controls import list_models
 from serve.document import make_document
 from serve.facts import RequestFacts
@@ -138,6 +138,8 @@ def _add_facts(app: FastAPI, service: RoutingService, options: ApiOptions) -> No
     async def info() -> Response:
         return JSONResponse(_make_info(service, options))
 
+    health_check = HealthCheck(service)
+
     @app.get(
         "/healthz",
         responses={
@@ -146,7 +148,7 @@ def _add_facts(app: FastAPI, service: RoutingService, options: ApiOptions) -> No
         },
     )
     async def health() -> Response:
-        status, found = await check_health(service)
+        status, found = await health_check.check()
         return JSONResponse(found, status)
 
     @app.get("/openapi.json", include_in_schema=False)

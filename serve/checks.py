@@ -25,7 +25,24 @@ _HEALTH_S = 5.0
 _HEALTH_TEXT = "Hello."
 
 
-async def check_health(service: RoutingService) -> tuple[int, dict[str, Any]]:
+Found = tuple[int, dict[str, Any]]
+
+
+class HealthCheck:
+    """Shares one check among all who ask while it runs: it needs no key, so it must not be a way to load the models."""
+
+    def __init__(self, service: RoutingService) -> None:
+        self._service = service
+        self._running: asyncio.Task[Found] | None = None
+
+    async def check(self) -> Found:
+        """HTTP status and what was found."""
+        if self._running is None or self._running.done():
+            self._running = asyncio.ensure_future(check_health(self._service))
+        return await asyncio.shield(self._running)
+
+
+async def check_health(service: RoutingService) -> Found:
     """One tiny route through every model and the router: HTTP status and what was found; raises nothing."""
     try:
         pool, routers = service.loaded()

@@ -222,6 +222,14 @@ async def test_a_page_that_is_switched_off() -> None:
         check_error(await client.get("/"), 404)
 
 
+async def test_health_checks_at_once_are_one_check() -> None:
+    served = make_served([ScriptedEngine("small", delay_s=0.05), ScriptedEngine("large")])
+    async with running(served) as client:
+        answers = await asyncio.gather(*(client.get("/healthz") for _ in range(20)))
+    assert {answer.status_code for answer in answers} == {200}
+    assert [len(engine.requests) for engine in served.engines] == [1, 1]
+
+
 async def test_health_asks_every_model_and_the_router() -> None:
     served = make_served()
     async with running(served) as client:
