@@ -53,7 +53,7 @@ class RescueConfig:
     """What happens when a model's replica dies or does not answer."""
 
     retries: int = 2  # other replicas tried for a step
-    step_timeout_s: float = 10.0  # a step that takes longer is asked of another replica
+    step_timeout_s: float = 30.0  # a step that takes longer is asked of another replica; above the longest real step
     failover_s: float = 3.0  # after a death: how long another replica may take before the other model takes over
     probe_s: float = 1.0  # how often a model that is down is asked whether it is back
 
