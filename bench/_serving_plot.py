@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from matplotlib.ticker import NullLocator
 
 _COLOURS = {"shipped": "tab:blue", "slowed": "tab:orange"}
 _LINES = {"default": "-", "haproxy": "--"}
@@ -30,6 +31,9 @@ def plot_streams(proxies: Mapping[str, Any], path: Path) -> None:
             wait.plot(xs, [level["ttft_ms"]["p50"] for level in levels], label=label, **style)
     for axes, title in ((rate, "streams finished per second"), (wait, "time to first text, median (ms)")):
         axes.set(xscale="log", xlabel="concurrent streams", title=title)
+        axes.set_xticks(sorted({level for found in proxies.values() for level in _levels(found)}), minor=False)
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
     rate.set_ylim(bottom=0)
     wait.set_yscale("log")
@@ -37,3 +41,7 @@ def plot_streams(proxies: Mapping[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _levels(found: Mapping[str, Any]) -> list[int]:
+    return [level["concurrency"] for regime in _COLOURS for level in found[regime]["streams"]]
