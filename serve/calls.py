@@ -9,8 +9,6 @@ from typing import Any, cast
 
 import grpc
 from ray.exceptions import RayError, RayTaskError
-from ray.serve._private.utils import generate_request_id
-from ray.serve.context import _set_request_context
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
@@ -42,19 +40,9 @@ def is_replica_failure(error: BaseException) -> bool:
     return True
 
 
-def _send(handle: Handle, *arguments: Any) -> Any:
-    """One call, under an id of its own.
-
-    Serve knows a call that waits for a replica by the id of the HTTP request that it was made in: of two such calls of
-    one request (its choices, a probe's) the second would wait until its deadline.
-    """
-    _set_request_context(_internal_request_id=generate_request_id())
-    return handle.remote(*arguments)
-
-
 async def ask(handle: Handle, *arguments: Any) -> Any:
     """One call; a caller that leaves or runs out of time takes it back."""
-    response = _send(handle, *arguments)
+    response = handle.remote(*arguments)
     try:
         with _named():
             return await response
@@ -90,7 +78,7 @@ async def ask_plainly(handle: Handle, name: str) -> Any:
 
 async def read_parts(handle: Handle, request: StepRequest) -> AsyncGenerator[StepDelta | StepResult, None]:
     """The parts of a remote stream; closing it before the result cancels the remote generator."""
-    response = cast("DeploymentResponseGenerator[Any]", _send(handle, request))
+    response = cast("DeploymentResponseGenerator[Any]", handle.remote(request))
     done = False
     try:
         with _named():
