@@ -13,13 +13,16 @@ import os
 import signal
 import sys
 import threading
+import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 
 from roro_ray.errors import RoroError
 from serve.config import Served, ServerConfig, find_newest_run, load_server_config, read_served
 
 _EXAMPLE = "Start with 36. A: double; B: times 04; C: subtract 38."
-_USER_ERROR = 2
+_USER_ERROR, _INTERRUPTED = 2, 130
+_READY_S = 60.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RoroError as error:
         print(f"python -m serve: {error}", file=sys.stderr)
         return _USER_ERROR
+    except KeyboardInterrupt:  # while it starts; later Ctrl+C is how it ends
+        return _INTERRUPTED
     return 0
 
 
@@ -74,9 +79,27 @@ def _serve(served: Served) -> Iterator[str]:
         # Serve would write a line for every call between deployments; the server's own log has one a request.
         quiet = LoggingConfig(enable_access_log=False)
         serve.run(make_application(served), name="roro", route_prefix="/", logging_config=quiet)
-        yield f"http://{config.host}:{config.port}"
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        url = f"http://{host}:{config.port}"
+        _wait_ready(url)
+        yield url
     finally:
         serve.shutdown()
+
+
+def _wait_ready(url: str) -> None:
+    """Wait until the ingress knows its models: whoever is greeted should be answered."""
+    until = time.monotonic() + _READY_S
+    while True:
+        try:
+            # Of this machine and without a proxy, whatever the environment says.
+            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{url}/healthz", timeout=10):
+                return
+        except OSError as error:  # refused, 503, or no answer yet
+            if time.monotonic() > until:
+                print(f"warning: {url}/healthz is not well after {_READY_S:g} s ({error})", file=sys.stderr)
+                return
+        time.sleep(0.1)
 
 
 def make_greeting(served: Served, url: str) -> str:

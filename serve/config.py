@@ -174,7 +174,9 @@ def find_newest_run(root: str | Path = "runs") -> str:
     Raises:
         ConfigError: there is none.
     """
-    routers = sorted(Path(root).glob("*/router/roro/router.json"), key=lambda path: path.stat().st_mtime)
+    found = Path(root).glob("*/router/roro/router.json")
+    whole = [path for path in found if (path.parents[2] / "config.yaml").is_file()]
+    routers = sorted(whole, key=lambda path: path.stat().st_mtime)
     if not routers:
         raise ConfigError(f"no run with a trained router under {root}/: run `make demo` first, or give run_dir=..")
     return str(routers[-1].parents[2])
