@@ -63,7 +63,7 @@ def open_cluster(config: RayConfig, verbose: bool = False) -> Iterator[ClusterFa
         return
     address = os.environ.get("RAY_ADDRESS", "local") if config.address == "auto" else config.address
     if address != "local":
-        ray.init(address=address, log_to_driver=verbose, logging_level="WARNING")
+        ray.init(address=address, log_to_driver=verbose, logging_level=logging.WARNING)
         try:
             yield ClusterFacts(ray.get_runtime_context().gcs_address, False, ray.cluster_resources())
         finally:
@@ -116,7 +116,7 @@ def start_local(object_store_mb: int, temp_dir: Path, num_cpus: int, verbose: bo
         object_store_memory=object_store_mb * 2**20,
         include_dashboard=False,
         log_to_driver=verbose,
-        logging_level="WARNING" if verbose else "ERROR",
+        logging_level=logging.WARNING if verbose else logging.ERROR,
         _temp_dir=str(temp_dir),
     )
 

@@ -104,7 +104,7 @@ def find_actor(actor: Any) -> dict[str, Any]:
 
 def is_alive(actor: Any) -> bool:
     """False while an actor is dead, being created or restarting."""
-    return find_actor(actor).get("State", "ALIVE") == "ALIVE"
+    return bool(find_actor(actor).get("State", "ALIVE") == "ALIVE")
 
 
 def _deadline_error(what: str, timeout_s: float, actors: Actors) -> DeadlineError:
