@@ -21,6 +21,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from serve.access_log import AccessLog
 from serve.answers import EventStream, client_left, complete_answer, stream_answer, until_gone
 from serve.auth import ApiKey
+from serve.body import read_body
 from serve.checks import HealthCheck, explain
 from serve.controls import list_models
 from serve.document import make_document
@@ -36,7 +37,7 @@ from serve.openapi_responses import (
     model_schema,
     models_schema,
 )
-from serve.problems import deadline, install_handlers, model_not_found, too_large
+from serve.problems import deadline, install_handlers, model_not_found
 from serve.schema import Limits, parse_chat_request, parse_explain_request
 from serve.service import RoutingService
 
@@ -168,19 +169,14 @@ def _facts(request: Request) -> RequestFacts:
 
 
 async def _read_body(request: Request, most: int, timeout_s: float) -> bytes:
-    """The body, refused as soon as it is too long, whatever Content-Length said, or too long in coming."""
-    body = bytearray()
+    """The body, refused where it is too long, or too long in coming."""
     try:
         async with asyncio.timeout(timeout_s):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > most:
-                    raise too_large(most)
+            return await read_body(request.stream(), request.headers, most)
     except ClientDisconnect:
         raise client_left() from None
     except TimeoutError:
         raise deadline(timeout_s) from None
-    return bytes(body)
 
 
 def _model(name: str) -> dict[str, Any]:

@@ -107,12 +107,6 @@ class LoadedRouters:
             oldest = next(iter(self._policies))
             del self._policies[oldest], self._facts[oldest]
 
-    def set_default(self, version: int) -> None:
-        """Make a loaded version the one behind `auto`."""
-        if version not in self._policies:
-            raise UnknownRouterError(f"router version {version} is not loaded: loaded are {self.versions}")
-        self._default = version
-
     @property
     def versions(self) -> Sequence[int]:
         """The versions loaded, oldest first."""

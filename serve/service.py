@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -34,6 +35,7 @@ from serve.recording import Recorder
 from serve.responses import RoutingSummary
 from serve.schema import ChatRequest
 
+logger = logging.getLogger(__name__)
 LOWEST_WEIGHT, HIGHEST_WEIGHT = 0.01, 10.0  # of the playground's slider where there is no calibration
 _POLL_S = 1.0  # how often the routers are asked which versions they have
 
@@ -80,7 +82,6 @@ class RoutingService:
         self._pool: EnginePool | None = None
         self._routers: RouterList | None = None
         self._poller: asyncio.Task[None] | None = None
-        self._loading_error = "models and router are being loaded"
 
     # Life
 
@@ -106,7 +107,7 @@ class RoutingService:
                     self._pool = await self.backend.ready()
                 await self.refresh()
             except (RoroError, TimeoutError, OSError) as error:
-                self._loading_error = str(error)
+                logger.debug("models or routers could not be asked: %s", error)
             await asyncio.sleep(_POLL_S if self._routers is not None else _POLL_S / 10)
 
     async def refresh(self) -> RouterList:

@@ -18,8 +18,8 @@ from roro_ray.errors import EngineUnavailableError
 from roro_ray.routing.cost import CostLedger
 from roro_ray.routing.draws import mix_seed
 from roro_ray.routing.observation import Observation, make_features
-from roro_ray.routing.policies import Policy
-from roro_ray.routing.step_writer import StepWriter, certain_decision
+from roro_ray.routing.policies import Policy, choose_model
+from roro_ray.routing.step_writer import StepWriter
 from roro_ray.routing.watch import EpisodeOptions
 from roro_ray.types import Query, Step, Trajectory, Usage
 
@@ -157,7 +157,7 @@ async def _make_step(state: _State, writer: StepWriter, policy: Policy, options:
             raise
         # What cannot be asked is not guessed: the answer stays as good as it can be.
         observation = state.observe(draft)
-        decision, degraded = certain_decision(state.pool_size - 1, state.pool_size), True
+        decision, degraded = choose_model(state.pool_size - 1, state.pool_size), True
     if options.watcher is not None:
         options.watcher.on_decision(len(state.steps), decision, degraded)
     step = await writer.write(decision, draft, observation.features)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -147,8 +146,3 @@ def nearest_models(model: int, pool_size: int) -> list[int]:
     """The other models of the pool, nearest first; of two equally near ones the dearer."""
     others = [other for other in range(pool_size) if other != model]
     return sorted(others, key=lambda other: (abs(other - model), -other))
-
-
-def certain_decision(model: int, pool_size: int) -> Decision:
-    """A decision that no policy took, since it could not be asked."""
-    return Decision(model, 0.0, tuple(float(index == model) for index in range(pool_size)), signal=math.nan)
