@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 STEP_DELIMITER = "\n\n"
 
@@ -12,10 +13,27 @@ class ModelConfig:
     """One model of the pool."""
 
     name: str = "small"  # shown in reports
-    path: str = "world:small"  # a directory in Hugging Face format, or world:NAME for a shipped one
-    engine: str = "hf"  # which engine runs it
-    device: str = "cpu"  # torch device
+    path: str = "world:small"  # a directory in Hugging Face format, a model of the hub, or world:NAME for a shipped one
+    engine: str = "hf"  # hf (transformers) | vllm | openai (a remote endpoint)
+    device: str = "cpu"  # cpu | cuda | cuda:N
     dtype: str = "float32"  # torch dtype of the weights; float64: the same bits in any batch, 1.5 times the time
+    revision: str = ""  # of a model of the hub; empty: the newest
+    format: str = "plain"  # plain: query, blank line, steps (the embedded world's) | chat: the model's chat template
+    thinking: str = "auto"  # auto | on | off: whether its answer begins with a thinking block (format=chat)
+    max_context: int = 0  # tokens of prompt and answer together; 0: as many as the model has positions for
+    gpus: float = 0.0  # GPUs of its own actor (pool.placement=actors); 0: ray.engine_gpus
+    tensor_parallel: int = 1  # GPUs that share one copy of the weights (vllm)
+    memory_fraction: float = 0.0  # of each GPU's memory (vllm); 0: vLLM's own default, the GPU to itself
+    adapters: int = 0  # most LoRA adapters at once (vllm, hf); 0: none
+    adapter_rank: int = 64  # largest rank of an adapter (vllm)
+    price_in: float = 0.0  # US dollars per million prompt tokens
+    price_cached: float = 0.0  # the same for tokens that it read before (an API bills them anew with every step)
+    price_out: float = 0.0  # US dollars per million tokens written
+    url: str = ""  # of an OpenAI-compatible endpoint, such as https://host/v1 (openai)
+    api_model: str = ""  # the model's name there; empty: path
+    api_key_env: str = "OPENAI_API_KEY"  # environment variable with the key; the key itself goes into no file
+    api_mode: str = "auto"  # auto | completions | chat: how a step is continued there
+    engine_args: dict[str, Any] = field(default_factory=dict)  # further arguments, handed to the engine as they are
 
 
 @dataclass
@@ -36,11 +54,16 @@ class DataConfig:
     """Which queries each stage uses."""
 
     suites: list[str] = field(default_factory=lambda: ["chain", "word", "long", "list", "clock"])
+    train_suites: list[str] = field(default_factory=list)  # of the training stages; empty: the same as suites
+    sources: dict[str, str] = field(default_factory=dict)  # suite: a JSONL or Parquet file or folder, or a hub dataset
+    split_shares: list[float] = field(default_factory=lambda: [0.6, 0.2, 0.2])  # train, validation, test of one file
     train_queries: int = 80  # per suite, for collection and reward learning
     router_queries: int = 400  # per suite, router training draws from these
     validation_queries: int = 50  # per suite
     test_queries: int = 100  # per suite
     seed: int = 0  # seed of the query streams
+    graders: int = 2  # processes that check mathematical answers, per rollout worker
+    grade_timeout_s: float = 10.0  # of one answer, from when its check begins
 
 
 @dataclass
@@ -49,8 +72,12 @@ class EpisodeConfig:
 
     max_steps: int = 16  # steps, the answer included
     max_step_tokens: int = 48  # tokens of one step
+    min_step_tokens: int = 0  # a blank line after fewer tokens does not end a step: tiny paragraphs are merged
     max_tokens: int = 1024  # tokens of a whole trajectory
     max_repeats: int = 3  # the same step text this often in a row ends the episode
+    instruction: str = ""  # follows the query in the prompt of a chat model
+    answer_by: str = "large"  # large | small | last: who writes the final answer behind a thinking block
+    max_answer_tokens: int = 1024  # tokens of that final answer
     temperature: float = 0.0  # 0 is greedy
     timeout_s: float = 600.0  # deadline of one batch of episodes
 

@@ -18,6 +18,7 @@ from roro_ray.world.tasks import SUITES
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "pool.placement": ("colocated", "actors"),
+    "episode.answer_by": ("large", "small", "last"),
     "pairs.process_source": ("interventions", "agreement"),
     "reward.rubric_source": ("learned", "warm", "random", "fixed"),
     "router.peek": tuple(peek.value for peek in Peek),
@@ -35,6 +36,8 @@ _AT_LEAST_ONE = (
     "episode.max_step_tokens",
     "episode.max_tokens",
     "episode.max_repeats",
+    "episode.max_answer_tokens",
+    "data.graders",
     "collect.rollouts",
     "collect.shard_queries",
     "pairs.continuations",
@@ -61,6 +64,7 @@ _AT_LEAST_TWO = ("pairs.folds", "reward.rubrics_per_query", "reward.verdicts_per
 _NOT_NEGATIVE = (
     "pool.memo_entries",
     "episode.temperature",
+    "episode.min_step_tokens",
     "reward.rounds",
     "reward.judge_updates",
     "reward.rubricor_updates",
@@ -77,6 +81,7 @@ _NOT_NEGATIVE = (
 )
 _POSITIVE = (
     "episode.timeout_s",
+    "data.grade_timeout_s",
     "reward.learning_rate",
     "reward.score_scale",
     "reward.timeout_s",
@@ -98,6 +103,7 @@ _ORDERED = (
     ("router.cost_weight_low", "router.cost_weight_high"),
     ("reward.min_criteria", "reward.max_criteria"),
     ("episode.max_step_tokens", "episode.max_tokens"),
+    ("episode.min_step_tokens", "episode.max_step_tokens"),
 )
 
 

@@ -28,27 +28,33 @@ class PairKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A problem to solve; `answer` is the gold answer and is never shown to router, Rubricor or Judge."""
+    """A problem to solve; `answer` is the gold answer and is never shown to router, Rubricor or Judge.
+
+    `grader` says how an answer is compared with it: `exact` (text and numbers) or `math` (math-verify).
+    """
 
     id: str
     suite: str
     split: str
     text: str
     answer: str
+    grader: str = "exact"
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What was computed, in tokens and FLOPs.
+    """What was computed, in tokens and FLOPs, and its price.
 
-    `flops` counts 2 x parameters for every token decoded or prefilled, by every model touched, the router
-    included; `flops_decode` only the tokens decoded into kept or discarded text (the papers' convention).
+    `flops` counts 2 x (active) parameters for every token decoded or prefilled, by every model touched, the router
+    included; `flops_decode` only the tokens decoded into kept or discarded text (the papers' convention). `usd` is the
+    price of the tokens in US dollars, 0 where the models have no prices.
     """
 
     tokens_in: int = 0
     tokens_out: int = 0
     flops: float = 0.0
     flops_decode: float = 0.0
+    usd: float = 0.0
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
@@ -56,6 +62,7 @@ class Usage:
             self.tokens_out + other.tokens_out,
             self.flops + other.flops,
             self.flops_decode + other.flops_decode,
+            self.usd + other.usd,
         )
 
 
@@ -79,8 +86,8 @@ class Step:
     """One step of a solution: who wrote it, what, how sure, at what cost and by which decision.
 
     `text` has no trailing delimiter. `confidence` is the mean probability of the step's tokens under the
-    model that wrote it, `confidence_min` the smallest. `finish` is `delimiter`, `stop` (end of sequence) or
-    `length` (token limit). `discarded` counts the tokens of a draft that was thrown away before this step.
+    model that wrote it, `confidence_min` the smallest. `finish` is `delimiter`, `stop` (end of sequence), `marker`
+    (the end of the thinking block) or `length` (token limit). `discarded` counts the tokens of a draft that was thrown away before this step.
     `features` are the scalar signals that the router saw when it decided (see `routing.observation`). `degraded`:
     the model that should have written, or the router, was gone, so that another model wrote.
     """
@@ -102,8 +109,9 @@ class Step:
 class Trajectory:
     """One routed solution of one query.
 
-    `correct` is None where the answer could not be scored (an error value, never False). `end` says why the
-    episode stopped: `answer`, `stop` (a model ended its text without an answer), `step_limit`, `token_limit`,
+    `correct` is None where the answer could not be scored (an error value, never False), and `error` says why.
+    `conclusion` is the final answer behind the thinking block of models that have one: written by one fixed model,
+    whatever the policy, and so no routed step. `end` says why the episode stopped: `answer`, `stop` (a model ended its text without an answer), `step_limit`, `token_limit`,
     `repeated`, `empty`, `stop_string` (the client asked for no more).
     """
 
@@ -118,6 +126,8 @@ class Trajectory:
     correct: bool | None
     end: str
     usage: Usage
+    conclusion: Step | None = None
+    error: str | None = None
 
     @property
     def models(self) -> tuple[int, ...]:

@@ -37,6 +37,9 @@ def make_encoder(noun: Any) -> Callable[[Any], Any]:
         hints = get_type_hints(noun)
         parts = [(field.name, make_encoder(hints[field.name])) for field in dataclasses.fields(noun)]
         return lambda value: {name: encode(getattr(value, name)) for name, encode in parts}
+    if get_origin(noun) is UnionType:
+        inner = make_encoder(_optional(noun))
+        return lambda value: None if value is None else inner(value)
     if get_origin(noun) is tuple:
         item = make_encoder(get_args(noun)[0])
         return lambda value: [item(entry) for entry in value]
@@ -53,6 +56,9 @@ def make_decoder(noun: Any) -> Callable[[Any], Any]:
     """
     if dataclasses.is_dataclass(noun):
         return _make_struct_decoder(noun)
+    if get_origin(noun) is UnionType:
+        inner = make_decoder(_optional(noun))
+        return lambda value: None if value is None else inner(value)
     if get_origin(noun) is tuple:
         item = make_decoder(get_args(noun)[0])
         return lambda value: tuple([item(entry) for entry in value])
@@ -89,6 +95,11 @@ def _arrow_type(hint: Any) -> pa.DataType:
 
 def _arrow_field(name: str, hint: Any) -> pa.Field:
     if get_origin(hint) is UnionType:
-        (inner,) = (part for part in get_args(hint) if part is not NoneType)
-        return pa.field(name, _arrow_type(inner), nullable=True)
+        return pa.field(name, _arrow_type(_optional(hint)), nullable=True)
     return pa.field(name, _arrow_type(hint), nullable=False)
+
+
+def _optional(hint: Any) -> Any:
+    """What a value of type `.. | None` is where it is not None."""
+    (inner,) = (part for part in get_args(hint) if part is not NoneType)
+    return inner

@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, cast
+
+from roro_ray.config import STEP_DELIMITER
+from roro_ray.engines.formats import PLAIN, PromptFormat
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixIds:
+    """Token ids of the first `characters` characters of a prefix, in the tokens of the engine that is asked."""
+
+    ids: tuple[int, ...]
+    characters: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +26,13 @@ class StepRequest:
     result contains them. `max_tokens` bounds the whole step, kept ids included. Greedy where `temperature`
     is 0; otherwise `seed` fixes the draw, whatever else is in the batch, among the most probable tokens that
     together reach `top_p`, in (0, 1] (the nucleus of the distribution at that temperature).
+
+    The step ends with the first `delimiter` that is complete after at least `min_tokens` tokens (earlier ones belong
+    to the step; an empty `delimiter` never ends it), with one of `stops` (such as the end of a thinking block; finish
+    `marker`), or with the end of sequence. `known` are the token ids of the beginning of `prefix`, where they are
+    known: an engine that takes them encodes only the rest. `adapter` names a LoRA adapter that the engine has loaded
+    (empty: the base model), `schema` is a JSON schema that an engine with structured output decodes under (others
+    ignore it: the caller reads the text strictly anyway).
     """
 
     prefix: str
@@ -23,16 +41,26 @@ class StepRequest:
     seed: int = 0
     kept_ids: tuple[int, ...] = ()
     top_p: float = 1.0
+    known: PrefixIds | None = None
+    delimiter: str = STEP_DELIMITER
+    stops: tuple[str, ...] = ()
+    min_tokens: int = 0
+    adapter: str = ""
+    schema: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """One step as an engine wrote it.
 
-    `text` has no delimiter and no end-of-sequence; `token_ids` and `log_probs` (natural logarithms at
+    `text` has no delimiter, no marker and no end-of-sequence; `token_ids` and `log_probs` (natural logarithms at
     temperature 1) hold every token decoded, the delimiter or end-of-sequence included. `finish` is
-    `delimiter`, `stop` (end of sequence) or `length`. `prefix_tokens` is the length of the prefix in this
-    engine's tokens; `first_entropy` the entropy in nats of the first token's distribution.
+    `delimiter`, `stop` (end of sequence), `marker` (one of the request's `stops`) or `length`. `prefix_tokens` is the
+    length of the prefix in this engine's tokens, of which `cached_tokens` were not computed anew; `first_entropy` the
+    entropy in nats of the first token's distribution (NaN where the engine does not tell).
+
+    An engine that takes ids (`PrefixIds`) gives in `encoded_ids` those of the part of the prefix that it encoded itself,
+    and says with `exact` that `token_ids` spell `text` and the delimiter (or marker) and nothing else.
     """
 
     text: str
@@ -41,6 +69,9 @@ class StepResult:
     finish: str
     prefix_tokens: int
     first_entropy: float
+    cached_tokens: int = 0
+    encoded_ids: tuple[int, ...] = ()
+    exact: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +97,22 @@ class ChoiceScores:
 
 
 @dataclass(frozen=True, slots=True)
+class Prices:
+    """US dollars a token: read for the first time, read again (cached), and written."""
+
+    read: float = 0.0
+    cached: float = 0.0
+    written: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What a loaded engine says of itself; `flops_per_token` is 2 x parameters."""
+    """What a loaded engine says of itself.
+
+    `flops_per_token` is 2 x the parameters that a token passes through (of a mixture of experts, the active ones).
+    `tokenizer` is a digest of the vocabulary and how it is used: engines of one digest exchange token ids (empty: this
+    one takes none). `format` is how its model wants a query and an unfinished answer written down.
+    """
 
     name: str
     model: str
@@ -76,6 +121,10 @@ class EngineFacts:
     flops_per_token: float
     seconds: float
     fingerprint: str
+    tokenizer: str = ""
+    format: PromptFormat = PLAIN
+    prices: Prices = field(default_factory=Prices)
+    max_context: int | None = None
 
 
 class Engine(Protocol):
@@ -95,8 +144,22 @@ class Engine(Protocol):
         """Write one step; concurrent calls are batched and do not change each other's result."""
         ...
 
-    async def score_choices(self, prefix: str, choices: tuple[str, ...]) -> ChoiceScores:
-        """Score given continuations of a prefix without generating."""
+    async def score_choices(self, prefix: str, choices: tuple[str, ...], adapter: str = "") -> ChoiceScores:
+        """Score given continuations of a prefix without generating, under the adapter of that name."""
+        ...
+
+
+class AdapterEngine(Engine, Protocol):
+    """An engine that serves LoRA adapters beside its base model."""
+
+    async def load_adapter(self, name: str, path: str, version: int) -> None:
+        """Serve the adapter in directory `path` (peft format) under `name`, in place of an older version of it.
+
+        Requests under way end with the version that they began with. The same version again costs nothing.
+
+        Raises:
+            EngineError: the directory holds no adapter for this model.
+        """
         ...
 
 
