@@ -8,8 +8,9 @@ import math
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 from roro_ray.config import STEP_DELIMITER
+from roro_ray.engines.formats import PLAIN, PromptFormat
 from roro_ray.engines.pool import EnginePool
-from roro_ray.engines.protocol import ChoiceScores, EngineFacts, StepDelta, StepRequest, StepResult
+from roro_ray.engines.protocol import ChoiceScores, Engine, EngineFacts, Prices, StepDelta, StepRequest, StepResult
 from roro_ray.errors import EngineError, EngineUnavailableError
 from roro_ray.types import Query
 
@@ -154,7 +155,7 @@ class ScriptedEngine:
         )
         return result, texts
 
-    async def score_choices(self, prefix: str, choices: tuple[str, ...]) -> ChoiceScores:
+    async def score_choices(self, prefix: str, choices: tuple[str, ...], adapter: str = "") -> ChoiceScores:
         self.scored += [(prefix, choice) for choice in choices]
         await self._behave(prefix)
         tokens = tuple(len(self.split(choice)) for choice in choices)
@@ -166,7 +167,82 @@ class ScriptedEngine:
         )
 
 
-def make_fake_pool(*engines: ScriptedEngine) -> EnginePool:
+class CharacterEngine:
+    """An engine whose tokens are characters, and which takes and gives their ids; it ends texts as a request asks.
+
+    `write` gives all that the model would go on to write after a prefix; behind it stands the end of sequence. The
+    requests that it got are kept, and the ids that it was spared to encode must be right.
+    """
+
+    END_ID = 0
+
+    def __init__(
+        self,
+        name: str,
+        write: Writer,
+        *,
+        parameters: int = 10,
+        tokenizer: str = "characters",
+        format: PromptFormat = PLAIN,
+        prices: Prices | None = None,
+        offset: int = 0,
+    ) -> None:
+        self.name, self.write, self.parameters, self.offset = name, write, parameters, offset
+        self.tokenizer, self.format, self.prices = tokenizer, format, prices or Prices()
+        self.requests: list[StepRequest] = []
+
+    async def ready(self) -> EngineFacts:
+        return EngineFacts(
+            *(self.name, "characters", "none", self.parameters, 2.0 * self.parameters, 0.0, self.name),
+            tokenizer=self.tokenizer,
+            format=self.format,
+            prices=self.prices,
+        )
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """A character's code, moved on by `offset`, so that tokenizers differ."""
+        return tuple(ord(character) + 1 + self.offset for character in text)
+
+    async def generate_step(self, request: StepRequest) -> StepResult:
+        self.requests.append(request)
+        known = request.known
+        if known is not None:
+            assert known.ids == self.encode(request.prefix[: known.characters]), "ids that do not spell the prefix"
+        text, finish, marker = self._cut(request, self.write(request.prefix))
+        ids = self.encode(text + marker) + ((self.END_ID,) if finish == "stop" else ())
+        return StepResult(
+            text=text,
+            token_ids=ids,
+            log_probs=(math.log(0.9),) * len(ids),
+            finish=finish,
+            prefix_tokens=len(request.prefix),
+            first_entropy=0.5,
+            encoded_ids=self.encode(request.prefix[known.characters if known is not None else 0 :])
+            if self.tokenizer
+            else (),
+            exact=finish != "stop",
+        )
+
+    @staticmethod
+    def _cut(request: StepRequest, text: str) -> tuple[str, str, str]:
+        ends = [(text.find(stop), "marker", stop) for stop in request.stops]
+        if request.delimiter:
+            least = max(request.min_tokens - len(request.delimiter), 0)
+            ends.append((text.find(request.delimiter, least), "delimiter", request.delimiter))
+        found = sorted(end for end in ends if end[0] >= 0)
+        if found and found[0][0] + len(found[0][2]) <= request.max_tokens:
+            at, finish, marker = found[0]
+            return text[:at], finish, marker
+        if len(text) >= request.max_tokens:
+            return text[: request.max_tokens], "length", ""
+        return text, "stop", ""
+
+    async def score_choices(self, prefix: str, choices: tuple[str, ...], adapter: str = "") -> ChoiceScores:
+        logs = tuple(math.log(0.9) * len(choice) for choice in choices)
+        return ChoiceScores(logs, tuple(map(len, choices)), (math.log(0.9),) * len(choices), len(prefix))
+
+
+def make_fake_pool(*engines: Engine) -> EnginePool:
     """A ready pool of scripted engines; two of them by default, the second ten times as large."""
     pool = EnginePool(engines or (ScriptedEngine("small"), ScriptedEngine("large", parameters=100)))
     asyncio.run(pool.ready())

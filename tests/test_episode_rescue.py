@@ -17,6 +17,7 @@ from roro_ray.routing.episode import EpisodeSpec, run_episode
 from roro_ray.routing.observation import Observation
 from roro_ray.routing.policies import FixedPolicy, Policy
 from roro_ray.routing.step_writer import StepWriter, nearest_models
+from roro_ray.routing.transcript import Transcript
 from roro_ray.routing.watch import EpisodeOptions
 from roro_ray.types import Decision, Peek, Step, Trajectory
 
@@ -205,12 +206,13 @@ def test_text_that_was_held_back_is_forgotten_with_its_writer() -> None:
     large = ScriptedEngine("large", lambda prefix: "xyz", parameters=100)
     pool = make_fake_pool(small, large)
     ledger = CostLedger([facts.flops_per_token for facts in pool.facts])
-    writer = StepWriter(pool, ledger, 0.0, 0, "Q" + STEP_DELIMITER, 9, 0, EpisodeOptions(listener, rescue=True))
+    page = Transcript(make_query(), (), pool.facts).page()
+    writer = StepWriter(pool, ledger, 0.0, 0, page, 9, 0, EpisodeOptions(listener, rescue=True))
     ids = tuple(small._vocabulary.setdefault(letter, len(small._vocabulary)) for letter in "ab")
     draft = StepResult("a\n", ids, (-0.1, -0.1), "length", 2, 0.5)
 
     async def write() -> Step:
-        return await writer.write(Decision(0, 0.0, (1.0, 0.0)), draft, ())
+        return (await writer.write(Decision(0, 0.0, (1.0, 0.0)), draft))[0]
 
     step = asyncio.run(write())
     assert step.text == "axyz" == listener.texts[0]

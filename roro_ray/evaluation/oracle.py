@@ -20,7 +20,8 @@ from roro_ray.config import EpisodeConfig
 from roro_ray.data.verify import is_correct, read_answer
 from roro_ray.engines.protocol import StepRequest
 from roro_ray.routing.draws import mix_seed
-from roro_ray.routing.episode import find_end, make_prefix
+from roro_ray.routing.episode import find_end
+from roro_ray.routing.transcript import make_prefix
 from roro_ray.types import Decision, Query, Step, Usage
 
 if TYPE_CHECKING:

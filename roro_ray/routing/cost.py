@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from roro_ray.engines.protocol import StepResult
+from roro_ray.engines.protocol import Prices, StepResult
 from roro_ray.types import Step, Usage
 
 
@@ -22,13 +22,18 @@ class CostLedger:
 
     Args:
         flops_per_token: 2 x parameters of each model, cheap to dear.
+        prices: of each model's tokens; an endpoint bills the whole prompt with every call, the part that it read
+            before at its `cached` price.
         steps: steps already written, where the episode goes on from a prefix; the models that wrote or drafted
             them are taken to have kept their caches, so that going on costs what the whole episode would have
             (a verifier leaves no trace in a step, and is taken to have read nothing).
     """
 
-    def __init__(self, flops_per_token: Sequence[float] = (), steps: Sequence[Step] = ()) -> None:
+    def __init__(
+        self, flops_per_token: Sequence[float] = (), steps: Sequence[Step] = (), prices: Sequence[Prices] = ()
+    ) -> None:
         self._flops = tuple(flops_per_token)
+        self._prices = tuple(prices) or (Prices(),) * len(self._flops)
         self._read: dict[int, int] = {}  # tokens processed so far, in the model's own tokens
         self._prefix: dict[int, int] = {}  # length of the current prefix in the tokens of each model that read it
         self._scored: dict[int, int] = {}  # tokens of the draft that a verifier read
@@ -44,21 +49,23 @@ class CostLedger:
 
     def charge_generation(self, model: int, result: StepResult, kept: int = 0) -> None:
         """Charge a model for reading the prefix and decoding a step (or draft), less `kept` tokens of a peek."""
+        if kept:
+            # The second call of a peek reads again what the first one read and wrote.
+            self._usage += Usage(usd=self._prices[model].cached * (result.prefix_tokens + kept))
         self._prefill(model, result.prefix_tokens)
-        decoded = len(result.token_ids) - kept
-        flops = self._flops[model] * decoded
-        self._usage += Usage(tokens_out=decoded, flops=flops, flops_decode=flops)
+        self._decode(model, len(result.token_ids) - kept)
 
     def charge_lost(self, model: int, tokens: int) -> None:
         """Charge a model for `tokens` that it decoded before it was gone; what it prefilled is not known."""
-        flops = self._flops[model] * tokens
-        self._usage += Usage(tokens_out=tokens, flops=flops, flops_decode=flops)
+        self._decode(model, tokens)
 
     def charge_verification(self, model: int, prefix_tokens: int, tokens: int) -> None:
         """Charge a verifier for reading the prefix and the `tokens` of the draft that it scores."""
         self._prefill(model, prefix_tokens)
         self._scored[model] = tokens
-        self._usage += Usage(tokens_in=tokens, flops=self._flops[model] * tokens)
+        self._usage += Usage(
+            tokens_in=tokens, flops=self._flops[model] * tokens, usd=self._prices[model].read * tokens
+        )
 
     def charge_router(self, prefix_tokens: int, last_step_tokens: int, flops_per_token: float) -> None:
         """Charge the router for the part of the text that it has not read, in the router's own tokens."""
@@ -91,4 +98,12 @@ class CostLedger:
             self._read[model] = max(prefix_tokens - self._behind.pop(model), 0)
         unread = max(prefix_tokens - self._read.get(model, 0), 0)
         self._prefix[model] = prefix_tokens
-        self._usage += Usage(tokens_in=unread, flops=self._flops[model] * unread)
+        price = self._prices[model]
+        usd = price.read * unread + price.cached * (prefix_tokens - unread)
+        self._usage += Usage(tokens_in=unread, flops=self._flops[model] * unread, usd=usd)
+
+    def _decode(self, model: int, tokens: int) -> None:
+        flops = self._flops[model] * tokens
+        self._usage += Usage(
+            tokens_out=tokens, flops=flops, flops_decode=flops, usd=self._prices[model].written * tokens
+        )

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from roro_ray.config import STEP_DELIMITER, EpisodeConfig
+from roro_ray.config import EpisodeConfig
+from roro_ray.data.scoring import Score
 from roro_ray.data.verify import is_correct, read_answer
 from roro_ray.engines.protocol import StepResult
 from roro_ray.errors import EngineUnavailableError
@@ -20,10 +21,12 @@ from roro_ray.routing.draws import mix_seed
 from roro_ray.routing.observation import Observation, make_features
 from roro_ray.routing.policies import Policy, choose_model
 from roro_ray.routing.step_writer import StepWriter
+from roro_ray.routing.transcript import Transcript
 from roro_ray.routing.watch import EpisodeOptions
 from roro_ray.types import Query, Step, Trajectory, Usage
 
 if TYPE_CHECKING:
+    from roro_ray.data.scoring import AnswerScorer
     from roro_ray.engines.pool import EnginePool
 
 
@@ -51,20 +54,18 @@ class EpisodeFailure:
     error: str
 
 
-def make_prefix(query: Query, steps: Sequence[Step]) -> str:
-    """The text that the next step follows: query and steps, each ended by the step delimiter."""
-    return "".join([query.text, STEP_DELIMITER, *(step.text + STEP_DELIMITER for step in steps)])
+def find_end(steps: Sequence[Step], config: EpisodeConfig, thinks: bool = False) -> str | None:
+    """Why no further step is routed, or None where the episode goes on.
 
-
-def find_end(steps: Sequence[Step], config: EpisodeConfig) -> str | None:
-    """Why the episode is over, or None where it goes on.
-
-    A step that was cut off by the token limit states no answer, even if it begins like one.
+    A step that was cut off by the token limit states no answer, even if it begins like one; nor does any step of a
+    thinking block (`thinks`), which ends where a model closes it (`thought`).
     """
     if not steps:
         return None
     last = steps[-1]
-    if last.finish != "length" and read_answer(last.text) is not None:
+    if last.finish == "marker":
+        return "thought"
+    if not thinks and last.finish != "length" and read_answer(last.text) is not None:
         return "answer"
     if not last.text.strip():
         return "empty"
@@ -84,12 +85,17 @@ async def run_episode(
     policy: Policy,
     config: EpisodeConfig,
     options: EpisodeOptions | None = None,
+    scorer: AnswerScorer | None = None,
 ) -> Trajectory:
     """Roll out one episode.
+
+    Where the pool's models think, the steps are those of the thinking block, and one model that the configuration names
+    writes the final answer behind it, whatever the policy: methods differ by their steps alone.
 
     Args:
         pool: a pool that is ready (its `facts` are known).
         options: who watches, and what to do when a model is gone; training gives none.
+        scorer: checks mathematical answers; without one only those that can be compared exactly are scored.
 
     Returns:
         the trajectory, the steps of `spec.prefix` and their usage included.
@@ -99,24 +105,53 @@ async def run_episode(
     """
     options = options or EpisodeOptions()
     steps = list(spec.prefix)
-    prefix = make_prefix(spec.query, steps)
-    ledger = CostLedger([facts.flops_per_token for facts in pool.facts], steps)
+    transcript = Transcript(spec.query, steps, pool.facts, config.instruction)
+    facts = pool.facts
+    ledger = CostLedger([each.flops_per_token for each in facts], steps, [each.prices for each in facts])
     seed = mix_seed(spec.seed, spec.query.id)
-    while (end := find_end(steps, config)) is None:
+    while (end := find_end(steps, config, transcript.thinks)) is None:
         began = time.perf_counter()
         budget = min(config.max_step_tokens, config.max_tokens - sum(step.tokens for step in steps))
         draws = mix_seed(seed, len(steps))
-        writer = StepWriter(pool, ledger, config.temperature, draws, prefix, budget, len(steps), options)
-        step = await _make_step(_State(spec, prefix, tuple(steps), pool.size, seed, ledger), writer, policy, options)
+        page = transcript.page(min_tokens=config.min_step_tokens)
+        writer = StepWriter(pool, ledger, config.temperature, draws, page, budget, len(steps), options)
+        state = _State(spec, page.prefix(pool.size - 1), tuple(steps), pool.size, seed, ledger)
+        step, result = await _make_step(state, writer, policy, options)
         steps.append(step)
-        prefix += step.text + STEP_DELIMITER
+        transcript.add(step.model, step.text, result)
         if options.watcher is not None:
             options.watcher.on_step(len(steps) - 1, step, time.perf_counter() - began)
             if not options.watcher.wants_more():
                 # A stop string that came with the last token allowed is a stop all the same.
-                end = "answer" if find_end(steps, config) == "answer" else "stop_string"
+                end = "answer" if find_end(steps, config, transcript.thinks) == "answer" else "stop_string"
                 break
-    return _make_trajectory(spec, steps, end)
+    conclusion = None
+    if transcript.thinks and end != "stop_string":
+        conclusion = await _conclude(pool, transcript, ledger, steps, config, mix_seed(seed, len(steps)), options)
+    return await _make_trajectory(spec, steps, conclusion, end, scorer)
+
+
+async def _conclude(
+    pool: EnginePool,
+    transcript: Transcript,
+    ledger: CostLedger,
+    steps: Sequence[Step],
+    config: EpisodeConfig,
+    seed: int,
+    options: EpisodeOptions,
+) -> Step:
+    """The final answer behind the thinking block, which is closed here where no model closed it."""
+    began, index = time.perf_counter(), len(steps)
+    model = {"large": pool.size - 1, "small": 0}.get(config.answer_by, steps[-1].model)
+    page = transcript.page(closing=True)
+    writer = StepWriter(pool, ledger, config.temperature, seed, page, config.max_answer_tokens, index, options)
+    decision = choose_model(model, pool.size)
+    if options.watcher is not None:
+        options.watcher.on_decision(index, decision, False)
+    step, _ = await writer.write(decision)
+    if options.watcher is not None:
+        options.watcher.on_step(index, step, time.perf_counter() - began)
+    return step
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +180,9 @@ class _State:
         )
 
 
-async def _make_step(state: _State, writer: StepWriter, policy: Policy, options: EpisodeOptions) -> Step:
+async def _make_step(
+    state: _State, writer: StepWriter, policy: Policy, options: EpisodeOptions
+) -> tuple[Step, StepResult]:
     """Peek, decide, write. Without the cheapest model to peek at, or without a router, a dearer model takes over."""
     draft, degraded = None, False
     try:
@@ -160,12 +197,28 @@ async def _make_step(state: _State, writer: StepWriter, policy: Policy, options:
         decision, degraded = choose_model(state.pool_size - 1, state.pool_size), True
     if options.watcher is not None:
         options.watcher.on_decision(len(state.steps), decision, degraded)
-    step = await writer.write(decision, draft, observation.features)
-    return replace(step, degraded=True) if degraded else step
+    step, result = await writer.write(decision, draft, observation.features)
+    return (replace(step, degraded=True) if degraded else step), result
 
 
-def _make_trajectory(spec: EpisodeSpec, steps: Sequence[Step], end: str) -> Trajectory:
-    answer = read_answer(steps[-1].text) if end == "answer" else None
+async def _score(text: str | None, query: Query, scorer: AnswerScorer | None) -> Score:
+    if scorer is not None:
+        return await scorer.score(text, query)
+    answer = read_answer(text) if text is not None else None
+    if query.grader == "exact":
+        return Score(is_correct(answer, query), answer)
+    return Score(None, answer, f"nobody here grades {query.grader!r} answers: give the runner an AnswerScorer")
+
+
+async def _make_trajectory(
+    spec: EpisodeSpec, steps: Sequence[Step], conclusion: Step | None, end: str, scorer: AnswerScorer | None
+) -> Trajectory:
+    if conclusion is not None:
+        score = await _score(conclusion.text, spec.query, scorer)
+        end = "answer" if score.answer is not None else "stop" if end == "thought" else end
+    else:
+        score = await _score(steps[-1].text if end == "answer" else None, spec.query, scorer)
+    written = (*steps, conclusion) if conclusion is not None else steps
     return Trajectory(
         id=spec.id,
         query_id=spec.query.id,
@@ -174,8 +227,10 @@ def _make_trajectory(spec: EpisodeSpec, steps: Sequence[Step], end: str) -> Traj
         seed=spec.seed,
         cost_weight=spec.cost_weight,
         steps=tuple(steps),
-        answer=answer,
-        correct=is_correct(answer, spec.query),
+        answer=score.answer,
+        correct=score.correct,
         end=end,
-        usage=sum((step.usage for step in steps), Usage()),
+        usage=sum((step.usage for step in written), Usage()),
+        conclusion=conclusion,
+        error=score.error,
     )

@@ -35,7 +35,7 @@ _WEIGHT_LOW, _WEIGHT_HIGH = 0.05, 1.0
 class Observation:
     """The state before step `len(steps)`.
 
-    `prefix` is the text so far and ends with the step delimiter. `seed` fixes every draw of the policy, with
+    `prefix` is the text so far as the dearest model reads it. `seed` fixes every draw of the policy, with
     the step's index. `ledger` takes the cost of whatever a policy computes in order to decide.
     """
 

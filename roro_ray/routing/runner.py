@@ -21,6 +21,7 @@ from roro_ray.types import Trajectory
 if TYPE_CHECKING:
     import torch
 
+    from roro_ray.data.scoring import AnswerScorer
     from roro_ray.engines.pool import EnginePool
     from roro_ray.routing.router_policy import RouterPolicy
 
@@ -31,12 +32,18 @@ class Runner:
     """A pool, the router's present weights, and the episodes run with them.
 
     Args:
+        scorer: of mathematical answers; None: only exact answers are scored.
         router: behind the strategies `router`, `router_greedy` and `router_priced`; None where neither is used.
         concurrency: most episodes in flight.
     """
 
     def __init__(
-        self, pool: EnginePool, router: RouterPolicy | None, config: EpisodeConfig, concurrency: int = 256
+        self,
+        pool: EnginePool,
+        router: RouterPolicy | None,
+        config: EpisodeConfig,
+        concurrency: int = 256,
+        scorer: AnswerScorer | None = None,
     ) -> None:
         if concurrency < 1:
             raise ConfigError(f"concurrency is {concurrency}: expected at least 1 episode at a time")
@@ -44,6 +51,7 @@ class Runner:
         self.router = router
         self.config = config
         self.concurrency = concurrency
+        self.scorer = scorer
 
     def load_router(self, state_dict: dict[str, torch.Tensor], version: int) -> None:
         """Take over newer weights; call between runs, not during one.
@@ -86,7 +94,7 @@ class Runner:
     async def _run_one(self, spec: EpisodeSpec, policy: Policy, deadline: float) -> Trajectory | EpisodeFailure:
         try:
             async with asyncio.timeout_at(deadline):
-                return await run_episode(spec, self.pool, policy, self.config)
+                return await run_episode(spec, self.pool, policy, self.config, scorer=self.scorer)
         except TimeoutError as error:
             reason = str(error) or f"not finished within {self.config.timeout_s:g} s (episode.timeout_s)"
             return EpisodeFailure(spec.id, f"{type(error).__name__}: {reason}")

@@ -12,6 +12,7 @@ from roro_ray.errors import EngineUnavailableError
 from roro_ray.routing.cost import CostLedger
 from roro_ray.routing.draws import mix_seed
 from roro_ray.routing.observation import measure_confidence
+from roro_ray.routing.transcript import Page
 from roro_ray.routing.watch import EpisodeOptions, ShownText
 from roro_ray.types import Decision, Peek, Step
 
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class StepWriter:
-    """The step after `prefix`, of at most `max_tokens` tokens; `seed` fixes its draws."""
+    """The step that follows a page, of at most `max_tokens` tokens; `seed` fixes its draws."""
 
     pool: EnginePool
     ledger: CostLedger
     temperature: float
     seed: int
-    prefix: str
+    page: Page
     max_tokens: int
     index: int = 0
     options: EpisodeOptions = field(default_factory=EpisodeOptions)
@@ -51,11 +52,14 @@ class StepWriter:
             return None
         request = self._request(0, 1 if peek == Peek.FIRST_TOKEN else self.max_tokens)
         result = await self.pool.engines[0].generate_step(request)
+        self.page.note(0, result)
         self.ledger.charge_generation(0, result)
         return result
 
-    async def write(self, decision: Decision, draft: StepResult | None, features: tuple[float, ...]) -> Step:
-        """The step by the model decided on, continuing the draft where that model made it.
+    async def write(
+        self, decision: Decision, draft: StepResult | None = None, features: tuple[float, ...] = ()
+    ) -> tuple[Step, StepResult]:
+        """The step by the model decided on, continuing the draft where that model made it; and how its engine put it.
 
         Raises:
             EngineError: the model failed; EngineUnavailableError where no model can be had.
@@ -74,7 +78,7 @@ class StepWriter:
             self._shown.finish(result.text)
         tokens = self._told + len(result.token_ids)
         confidence, confidence_min = measure_confidence(result.log_probs)
-        return Step(
+        step = Step(
             model=decision.model,
             text=result.text,
             tokens=tokens,
@@ -87,22 +91,23 @@ class StepWriter:
             features=features,
             degraded=degraded,
         )
+        return step, result
 
     async def _write_with(self, model: int, draft: StepResult | None) -> StepResult:
         if draft is not None and (draft.finish != "length" or len(draft.token_ids) >= self.max_tokens):
             return draft
         kept_ids = draft.token_ids if draft is not None else ()
-        request = self._request(model, self.max_tokens, kept_ids)
+        request = replace(self._request(model, self.max_tokens), kept_ids=kept_ids)
         self._drafted = len(kept_ids)
         if self._shown is not None and draft is not None:
             self._shown.feed(draft.text.rstrip("\ufffd"))  # the stream tells an unfinished character anew
         result = await self._generate(model, request)
+        self.page.note(model, result)
         self.ledger.charge_generation(model, result, len(kept_ids))
         return result
 
-    def _request(self, model: int, max_tokens: int, kept_ids: tuple[int, ...] = ()) -> StepRequest:
-        seed = mix_seed(self.seed, model)
-        return StepRequest(self.prefix, max_tokens, self.temperature, seed, kept_ids, self.options.top_p)
+    def _request(self, model: int, max_tokens: int) -> StepRequest:
+        return self.page.ask(model, max_tokens, self.temperature, mix_seed(self.seed, model), self.options.top_p)
 
     async def _generate(self, model: int, request: StepRequest) -> StepResult:
         engine = self.pool.engines[model]
@@ -137,9 +142,9 @@ class StepWriter:
     async def _continue(self, model: int, told: str) -> StepResult:
         """The step by `model` after `told`, which others wrote."""
         request = self._request(model, max(self.max_tokens - self._told, 1))
-        result = await self._generate(model, replace(request, prefix=self.prefix + told))
+        result = await self._generate(model, replace(request, prefix=request.prefix + told))
         self.ledger.charge_generation(model, result)
-        return replace(result, text=told + result.text)
+        return replace(result, text=told + result.text, exact=False)
 
 
 def nearest_models(model: int, pool_size: int) -> list[int]:
