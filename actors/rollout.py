@@ -130,7 +130,15 @@ class RolloutWorker:
 
         await self.ready()
         concurrency = self._config.ray.concurrency
-        return await run_oracle(queries, self._runner.pool, self._config.episode, seed, concurrency=concurrency)
+        return await run_oracle(
+            queries,
+            self._runner.pool,
+            self._config.episode,
+            seed,
+            self._config.evaluate.oracle_steps,
+            concurrency,
+            self._runner.scorer,
+        )
 
 
 @dataclass(frozen=True)

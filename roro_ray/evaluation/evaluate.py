@@ -188,6 +188,12 @@ class _Run:
 
     def run_oracle(self) -> None:
         """Search the test queries, then roll the found assignments out like any other strategy."""
+        if not self.config.oracle:
+            self.skipped["oracle"] = "evaluate.oracle=false"
+            return
+        if any(model.format == "chat" for model in self.inputs.config.pool.models):
+            self.skipped["oracle"] = "the search is for short plain solutions, and this pool's models chat"
+            return
         results = self.host.find_oracle(self.queries.test)
         self.oracle_inexact = sum(not result.exact for result in results)
         specs = [

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from roro_ray.config import EpisodeConfig
-from roro_ray.data.verify import is_correct, read_answer
 from roro_ray.engines.protocol import StepRequest
 from roro_ray.routing.draws import mix_seed
-from roro_ray.routing.episode import find_end
+from roro_ray.routing.episode import find_end, score_text
 from roro_ray.routing.transcript import make_prefix
 from roro_ray.types import Decision, Query, Step, Usage
 
 if TYPE_CHECKING:
+    from roro_ray.data.scoring import AnswerScorer
     from roro_ray.engines.pool import EnginePool
 
 State = tuple[Step, ...]
@@ -63,6 +63,7 @@ async def run_oracle(
     seed: int = 0,
     max_expanded: int = 4000,
     concurrency: int = 256,
+    scorer: AnswerScorer | None = None,
 ) -> list[OracleResult]:
     """Search every query, many at once so that the engines batch; results in the order of the queries.
 
@@ -70,6 +71,7 @@ async def run_oracle(
         seed: the seed of the episodes that the oracle is compared with; it matters only with sampling.
         max_expanded: most steps asked of the engines for one query.
         concurrency: most queries searched at once.
+        scorer: of mathematical answers, as for episodes.
 
     A query whose engine fails gives a result with `error`; it does not take the others with it.
     """
@@ -78,7 +80,7 @@ async def run_oracle(
 
     async def search_one(query: Query) -> OracleResult:
         async with gate:
-            search = _Search(query, pool, config, mix_seed(seed, query.id), max_expanded)
+            search = _Search(query, pool, config, mix_seed(seed, query.id), max_expanded, scorer)
             try:
                 async with asyncio.timeout(config.timeout_s):
                     return await search.run()
@@ -92,8 +94,16 @@ async def run_oracle(
 class _Search:
     """The search of one query: prefixes by rising cost, each visited once."""
 
-    def __init__(self, query: Query, pool: EnginePool, config: EpisodeConfig, seed: int, max_expanded: int) -> None:
-        self.query, self.pool, self.config = query, pool, config
+    def __init__(
+        self,
+        query: Query,
+        pool: EnginePool,
+        config: EpisodeConfig,
+        seed: int,
+        max_expanded: int,
+        scorer: AnswerScorer | None,
+    ) -> None:
+        self.query, self.pool, self.config, self.scorer = query, pool, config, scorer
         self.seed, self.max_expanded = seed, max_expanded
         self.expanded = 0
 
@@ -115,7 +125,7 @@ class _Search:
                     seen.add(key)
                     if find_end(state, self.config) is None:
                         open_states.append(state)
-                    elif self._is_solution(state):
+                    elif await self._is_solution(state):
                         return self._result(state, exact=True)
                 reached += open_states
                 if self.expanded > self.max_expanded:
@@ -137,17 +147,17 @@ class _Search:
         tokens = len(result.token_ids)
         return (*state, Step(model, result.text, tokens, 0.0, 0.0, result.finish, _BY_ORACLE, Usage()))
 
-    def _is_solution(self, state: State) -> bool:
+    async def _is_solution(self, state: State) -> bool:
         if find_end(state, self.config) != "answer":
             return False
-        return is_correct(read_answer(state[-1].text), self.query) is True
+        return (await score_text(state[-1].text, self.query, self.scorer)).correct is True
 
     async def _give_up(self) -> OracleResult:
         """Fall back on the dearest model alone."""
         state: State = ()
         while find_end(state, self.config) is None:
             state = await self._expand(state, self.pool.size - 1)
-        if self._is_solution(state):
+        if await self._is_solution(state):
             return self._result(state, exact=False)
         return OracleResult(self.query.id, False, 0, (), False, self.expanded)
 

@@ -201,7 +201,8 @@ async def _make_step(
     return (replace(step, degraded=True) if degraded else step), result
 
 
-async def _score(text: str | None, query: Query, scorer: AnswerScorer | None) -> Score:
+async def score_text(text: str | None, query: Query, scorer: AnswerScorer | None) -> Score:
+    """Whether the answer that a text states is right (None: it states none)."""
     if scorer is not None:
         return await scorer.score(text, query)
     answer = read_answer(text) if text is not None else None
@@ -214,10 +215,10 @@ async def _make_trajectory(
     spec: EpisodeSpec, steps: Sequence[Step], conclusion: Step | None, end: str, scorer: AnswerScorer | None
 ) -> Trajectory:
     if conclusion is not None:
-        score = await _score(conclusion.text, spec.query, scorer)
+        score = await score_text(conclusion.text, spec.query, scorer)
         end = "answer" if score.answer is not None else "stop" if end == "thought" else end
     else:
-        score = await _score(steps[-1].text if end == "answer" else None, spec.query, scorer)
+        score = await score_text(steps[-1].text if end == "answer" else None, spec.query, scorer)
     written = (*steps, conclusion) if conclusion is not None else steps
     return Trajectory(
         id=spec.id,
