@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Sequence
 
-from roro_ray.reward.rubric import MODELS, WEIGHTS, format_rubric, make_overall_criterion, make_step_criterion
+from roro_ray.reward.freeform import draw_free_kinds, find_steps, is_free, read_free
+from roro_ray.reward.rubric import (
+    MODELS,
+    WEIGHTS,
+    WRITTEN_BY,
+    format_rubric,
+    make_overall_criterion,
+    make_step_criterion,
+)
 from roro_ray.types import Criterion, Query, Rubric
 
-_STEP = re.compile(r"([A-Z]): (.+?)(?=(?:[;.]? *[A-Z]: )|[;.]? *$)")
 # The same three lines for every query, in words that name no step: what a rubric is without a Rubricor.
 FIXED_CRITERIA = (
     Criterion("overall: hard steps written by the large model", 5.0, None, "large"),
@@ -18,20 +24,19 @@ FIXED_CRITERIA = (
 )
 
 
-def find_steps(query: Query) -> list[tuple[str, str]]:
-    """The labelled steps that a query states: (label, the query's words for it); empty where it labels none."""
-    return [(match[1], match[2]) for match in _STEP.finditer(query.text)]
-
-
 def make_fixed_rubric(query: Query) -> Rubric:
     """The one fixed rubric."""
     return Rubric(query.id, FIXED_CRITERIA, format_rubric(FIXED_CRITERIA))
 
 
 def make_random_rubric(query: Query, seed: int = 0, max_criteria: int = 7) -> Rubric:
-    """A well-formed rubric with random steps, writers and weights; the same for the same query and seed."""
+    """A well-formed rubric with random steps (or kinds of steps, where the query labels none), writers and weights.
+
+    The same for the same query and seed.
+    """
     rng = random.Random(f"{seed}/{query.id}")
-    return make_rubric_of(query, draw_random_criteria(query, rng, max_criteria))
+    draw = draw_free_criteria if is_free(query) else draw_random_criteria
+    return make_rubric_of(query, draw(query, rng, max_criteria))
 
 
 def count_criteria(query: Query, max_criteria: int = 7) -> int:
@@ -48,6 +53,15 @@ def draw_random_criteria(query: Query, rng: random.Random, max_criteria: int = 7
         overall,
         *(make_step_criterion(*steps[index], rng.choice(MODELS), rng.choice(WEIGHTS)) for index in chosen),
     ]
+
+
+def draw_free_criteria(query: Query, rng: random.Random, max_criteria: int = 7) -> list[Criterion]:
+    """An overall criterion and some about kinds of steps, for a query that labels no steps."""
+    kinds = draw_free_kinds(rng, rng.randint(min(3, max_criteria), max_criteria) - 1)
+    criteria = [
+        read_free(Criterion(kind + WRITTEN_BY.format(rng.choice(MODELS)), rng.choice(WEIGHTS))) for kind in kinds
+    ]
+    return [make_overall_criterion(rng.choice(MODELS), rng.choice(WEIGHTS)), *criteria]
 
 
 def make_rubric_of(query: Query, criteria: Sequence[Criterion]) -> Rubric:

@@ -5,7 +5,8 @@ A rubric is 3 to 7 lines `TEXT (WEIGHT)`, or the same as a JSON list `[{"criteri
 about one step starts with the step's label and quotes the query's own words for it, `B: times 04 written by
 the large model`; one about the whole trajectory starts with `overall: `. The quotation makes a rubric
 checkable: a criterion that quotes what its query does not say is dropped and the rubric fined, or else
-reinforcement learning drifts into words that the Judge happens to like.
+reinforcement learning drifts into words that the Judge happens to like. Where the query labels no steps (real
+problems), criteria are free text about who writes which kind of step: see `reward.freeform`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from roro_ray.errors import RubricError
+from roro_ray.reward.freeform import find_objection, is_free, read_free
 from roro_ray.types import Criterion, Query, Rubric
 
 OVERALL = "overall: "
@@ -144,7 +146,12 @@ class ReadRubric:
 
 
 def is_faithful(criterion: Criterion, query: Query) -> bool:
-    """True for the overall criterion in its one form, and where a labelled step of the query is quoted literally."""
+    """True for the overall criterion in its one form, and where a labelled step of the query is quoted literally.
+
+    Where the query labels no steps: where `freeform.find_objection` has none.
+    """
+    if is_free(query):
+        return find_objection(criterion, query) is None
     if criterion.label is None:
         return criterion.text in _OVERALL_TEXTS
     match = _MODEL.fullmatch(criterion.text)
@@ -160,23 +167,28 @@ def read_rubric(text: str, query: Query, version: int = -1, min_criteria: int = 
     """Parse a rubric and drop what is not faithful to its query; errors are values here, to be punished or shown.
 
     Two criteria on one step (large and small) cannot both be meant: the second is dropped as unfaithful.
+    Criteria on a query that labels no steps name none (see `reward.freeform`).
     """
     try:
         rubric = parse_rubric(text, query.id, version, min_criteria, max_criteria)
     except RubricError as error:
         return ReadRubric(None, error=str(error))
+    free = is_free(query)
+    if free:
+        rubric = replace(rubric, criteria=tuple(map(read_free, rubric.criteria)))
     kept: list[Criterion] = []
     dropped: list[Criterion] = []
     named: set[str] = set()
     for criterion in rubric.criteria:
-        name = criterion.label or OVERALL
+        name = criterion.text.lower() if free else criterion.label or OVERALL
         good = is_faithful(criterion, query) and name not in named
         (kept if good else dropped).append(criterion)
         if good:
             named.add(name)
     if not kept:
+        wanted = "says which model writes which steps and nothing else" if free else "quotes its query"
         reason = (
-            f"rubric of query {query.id!r} has no criterion that quotes its query: got {text[:200]!r}; sample it again"
+            f"rubric of query {query.id!r} has no criterion that {wanted}: got {text[:200]!r}; sample it again"
         )
         return ReadRubric(None, tuple(dropped), reason)
     return ReadRubric(replace(rubric, criteria=tuple(kept)), tuple(dropped), written=rubric.criteria)

@@ -26,7 +26,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from roro_ray.config import CollectConfig, EpisodeConfig, PairsConfig, PoolConfig
 from roro_ray.learning.sft import SftBatch, make_sft_batch, train_sft
-from roro_ray.reward.generic import draw_random_criteria, find_steps, make_rubric_of
+from roro_ray.reward.freeform import find_steps
+from roro_ray.reward.generic import draw_random_criteria, make_rubric_of
 from roro_ray.reward.judge import Judge, find_step, make_judge_batch, make_question, serialise
 from roro_ray.reward.pairs import make_pairs
 from roro_ray.reward.preference import QueryPairs, group_pairs
