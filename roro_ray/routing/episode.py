@@ -115,7 +115,7 @@ async def run_episode(
         draws = mix_seed(seed, len(steps))
         page = transcript.page(min_tokens=config.min_step_tokens)
         writer = StepWriter(pool, ledger, config.temperature, draws, page, budget, len(steps), options)
-        state = _State(spec, page.prefix(pool.size - 1), tuple(steps), pool.size, seed, ledger)
+        state = _State(spec, page.prefix(pool.size - 1), tuple(steps), pool.size, seed, ledger, config.max_steps)
         step, result = await _make_step(state, writer, policy, options)
         steps.append(step)
         transcript.add(step.model, step.text, result)
@@ -164,9 +164,10 @@ class _State:
     pool_size: int
     seed: int
     ledger: CostLedger
+    max_steps: int
 
     def observe(self, draft: StepResult | None) -> Observation:
-        features = make_features(self.steps, self.spec.cost_weight, self.pool_size, draft)
+        features = make_features(self.steps, self.spec.cost_weight, self.pool_size, draft, self.max_steps)
         return Observation(
             self.spec.query,
             self.prefix,

@@ -27,7 +27,7 @@ FEATURE_NAMES: tuple[str, ...] = (
     "peek_entropy",
     "has_peek",
 )
-_STEPS_SCALE = 16.0
+_MAX_STEPS = 16  # of an episode of the embedded world
 _WEIGHT_LOW, _WEIGHT_HIGH = 0.05, 1.0
 
 
@@ -68,11 +68,16 @@ def scale_cost_weight(cost_weight: float) -> float:
 
 
 def make_features(
-    steps: Sequence[Step], cost_weight: float, pool_size: int, peek: StepResult | None = None
+    steps: Sequence[Step],
+    cost_weight: float,
+    pool_size: int,
+    peek: StepResult | None = None,
+    max_steps: int = _MAX_STEPS,
 ) -> tuple[float, ...]:
     """The scalar signals in the order of `FEATURE_NAMES`.
 
-    Before the first step there is no confidence to report: 1.0 stands there (nothing went wrong yet).
+    Before the first step there is no confidence to report: 1.0 stands there (nothing went wrong yet). The step's index
+    is given as a share of `max_steps` (`episode.max_steps`), so that traces of hundreds of steps stay within [0, 1].
     """
     top = max(pool_size - 1, 1)
     count = len(steps)
@@ -80,7 +85,7 @@ def make_features(
     peek_mean, peek_min = measure_confidence(peek.log_probs) if peek is not None else (0.0, 0.0)
     return (
         scale_cost_weight(cost_weight),
-        count / _STEPS_SCALE,
+        count / max_steps,
         sum(step.model for step in steps) / (top * count) if count else 0.0,
         last.model / top if last else 0.0,
         last.confidence if last else 1.0,
@@ -88,6 +93,6 @@ def make_features(
         sum(step.confidence for step in steps) / count if count else 1.0,
         peek_mean,
         peek_min,
-        1.0 - math.exp(-peek.first_entropy) if peek is not None else 0.0,
+        1.0 - math.exp(-peek.first_entropy) if peek is not None and not math.isnan(peek.first_entropy) else 0.0,
         1.0 if peek is not None else 0.0,
     )
