@@ -1,11 +1,11 @@
-"""Fixtures that several test files share: one local Ray for all tests that need one."""
+"""Fixtures that several test files share: one local Ray for all tests that need one, tiny models of real families."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,3 +25,20 @@ def local_ray() -> Iterator[None]:
     yield
     ray.shutdown()
     shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_models.make_tiny_model` with a directory of its own for each set of arguments; nobody may write there."""
+    from tiny_models import make_tiny_model
+
+    root = tmp_path_factory.mktemp("tiny-models")
+    made: dict[str, Path] = {}
+
+    def get(family: str = "qwen3", **settings: object) -> Path:
+        key = "-".join([family, *(f"{name}={settings[name]}" for name in sorted(settings))])
+        if key not in made:
+            made[key] = make_tiny_model(root / key, family, **settings)
+        return made[key]
+
+    return get
