@@ -13,6 +13,8 @@ import random
 import shutil
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from roro_ray.learning.router_training import RouterTrainer
 from roro_ray.routing.router import fill_router
 
 MARKER = "COMPLETE.json"
-_PREFIX = "iteration_"
+PREFIX = "iteration_"
 _STATE, _WEIGHTS, _TRAINING = "state.json", "router.safetensors", "training.pt"
 
 
@@ -41,34 +43,46 @@ def save_checkpoint(directory: Path, trainer: RouterTrainer, settings: dict[str,
         directory: where checkpoints of this training go.
         settings: what a resumed run must agree with (see `check_settings`).
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    final = directory / f"{_PREFIX}{trainer.iteration:06d}"
-    temporary = directory / f".{final.name}.{os.getpid()}.tmp"
+    final = directory / f"{PREFIX}{trainer.iteration:06d}"
+    with write_directory(final) as temporary:
+        save_file(_own(trainer.network.state_dict()), temporary / _WEIGHTS)
+        for version, state in trainer.past.items():
+            save_file(_own(state), temporary / f"past_{version:06d}.safetensors")
+        rng = {"torch": torch.get_rng_state(), "python": random.getstate()}
+        torch.save({"optimizer": trainer.optimizer.state_dict(), "rng": rng}, temporary / _TRAINING)
+        state_json = {"iteration": trainer.iteration, "version": trainer.iteration, "settings": settings}
+        state_json["past"] = sorted(trainer.past)
+        (temporary / _STATE).write_text(json.dumps(state_json, indent=1) + "\n")
+    drop_old(directory, keep)
+    return final
+
+
+@contextmanager
+def write_directory(final: Path) -> Iterator[Path]:
+    """A temporary directory to write files to; it takes the place of `final`, with its marker, when the block ends."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    save_file(_own(trainer.network.state_dict()), temporary / _WEIGHTS)
-    for version, state in trainer.past.items():
-        save_file(_own(state), temporary / f"past_{version:06d}.safetensors")
-    rng = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    torch.save({"optimizer": trainer.optimizer.state_dict(), "rng": rng}, temporary / _TRAINING)
-    state_json = {"iteration": trainer.iteration, "version": trainer.iteration, "settings": settings}
-    state_json["past"] = sorted(trainer.past)
-    (temporary / _STATE).write_text(json.dumps(state_json, indent=1) + "\n")
+    yield temporary
     files = {path.name: [path.stat().st_size, zlib.crc32(path.read_bytes())] for path in sorted(temporary.iterdir())}
     (temporary / MARKER).write_text(json.dumps(files) + "\n")
     for path in temporary.iterdir():
         _sync(path)
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
-    _sync(directory)
+    _sync(final.parent)
+
+
+def drop_old(directory: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints of a directory."""
     for old in list_checkpoints(directory)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
-    return final
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """Every checkpoint directory, oldest first, whole or not."""
-    return sorted(directory.glob(f"{_PREFIX}*")) if directory.is_dir() else []
+    return sorted(directory.glob(f"{PREFIX}*")) if directory.is_dir() else []
 
 
 def find_checkpoint(directory: Path) -> Path | None:

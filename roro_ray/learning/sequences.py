@@ -121,8 +121,8 @@ def split_batch(batch: TokenBatch, max_tokens: int) -> list[TokenBatch]:
 def lm_log_probs(model: PreTrainedModel, batch: TokenBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Log-probability of every action token, and the entropy of the distribution that it was drawn from.
 
-    Both are [B, T] in float32, in nats, at the given sampling temperature, and 0 outside the action mask. The
-    logits of prompt and padding are never computed where no row needs their column.
+    Both are [B, T] in float32 (float64 of a model in float64), in nats, at the given sampling temperature, and 0
+    outside the action mask. The logits of prompt and padding are never computed where no row needs their column.
 
     Raises:
         ConfigError: a row's first token is an action (nothing predicts it).
@@ -135,10 +135,15 @@ def lm_log_probs(model: PreTrainedModel, batch: TokenBatch, temperature: float =
     # takes the faster path.
     output = model(input_ids=batch.ids_BT, logits_to_keep=columns, use_cache=False)
     kept_BT = mask_BT[:, columns + 1]
-    logits_NV = output.logits[kept_BT].float() / temperature
-    log_probs_NV = logits_NV.log_softmax(dim=-1)
-    targets_N = batch.ids_BT[mask_BT]
-    chosen_N = log_probs_NV.gather(1, targets_N[:, None]).squeeze(1)
-    entropy_N = -(log_probs_NV.exp() * log_probs_NV.clamp(min=-1e4)).sum(dim=-1)  # 0 x -inf is 0 here
+    chosen_N, entropy_N = score_logits(output.logits[kept_BT], batch.ids_BT[mask_BT], temperature)
     zeros_BT = chosen_N.new_zeros(mask_BT.shape)
     return zeros_BT.masked_scatter(mask_BT, chosen_N), zeros_BT.masked_scatter(mask_BT, entropy_N)
+
+
+def score_logits(logits_NV: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and entropy of its distribution, in nats, in float32 or better."""
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)) / temperature
+    log_probs_NV = logits_NV.log_softmax(dim=-1)
+    chosen_N = log_probs_NV.gather(1, targets_N[:, None]).squeeze(1)
+    entropy_N = -(log_probs_NV.exp() * log_probs_NV.clamp(min=-1e4)).sum(dim=-1)  # 0 x -inf is 0 here
+    return chosen_N, entropy_N

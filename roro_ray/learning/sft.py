@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -90,9 +91,7 @@ def train_sft(
     if optimizers is None:
         optimizers = [torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)]
 
-    def scale(update: int) -> float:
-        return min((update + 1) / max(warmup, 1), 1.0) * max(1 - update / updates, 0.0)
-
+    scale = partial(scale_rate, updates=updates, warmup=warmup)
     schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, scale) for optimizer in optimizers]
     training = model.training
     model.train()
@@ -112,3 +111,8 @@ def train_sft(
     if len(losses) < updates:
         raise ConfigError(f"the batches ran out after {len(losses)} of {updates} updates: give more, or ask for fewer")
     return losses
+
+
+def scale_rate(update: int, updates: int, warmup: int) -> float:
+    """Share of the peak learning rate at an update (from 0): linear warm-up, and linear decay to 0 at `updates`."""
+    return min((update + 1) / max(warmup, 1), 1.0) * max(1 - update / updates, 0.0)

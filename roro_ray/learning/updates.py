@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from roro_ray.learning.grpo import LossInputs, make_denominator, make_loss
 from roro_ray.learning.sequences import TokenBatch, lm_log_probs, split_batch
+
+Score = Callable[[TokenBatch], tuple[Tensor, Tensor]]
+_SUMS = ("loss", "tokens", "rows")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +59,11 @@ def update_model(
     totals: dict[str, float] = {}
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
+    score = partial(lm_log_probs, model, temperature=settings.temperature)
+    score_reference = None if reference is None else partial(lm_log_probs, reference, temperature=settings.temperature)
     for part in split_batch(batch, settings.max_tokens):
-        metrics = _backward(model, part, settings, denominator, reference)
-        for name, value in metrics.items():
-            weight = 1.0 if name in ("loss", "tokens", "rows") else metrics["tokens"]
-            totals[name] = totals.get(name, 0.0) + weight * value
-    metrics = {n: v if n in ("loss", "tokens", "rows") else v / totals["tokens"] for n, v in totals.items()}
+        add_metrics(totals, backward_part(part, score, settings, denominator, score_reference))
+    metrics = mean_metrics(totals)
     parameters = [p for p in model.parameters() if p.grad is not None]
     metrics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip))
     for optimizer in optimizers:
@@ -66,19 +71,25 @@ def update_model(
     return metrics
 
 
-def _backward(
-    model: PreTrainedModel,
+def backward_part(
     part: TokenBatch,
+    score: Score,
     settings: UpdateSettings,
     denominator: float,
-    reference: PreTrainedModel | None,
+    reference: Score | None = None,
 ) -> dict[str, float]:
-    """Add the gradient of one micro-batch; its metrics."""
-    log_probs_BT, entropy_BT = lm_log_probs(model, part, settings.temperature)
+    """Add the gradient of one micro-batch; its metrics.
+
+    Args:
+        score: log-probabilities and entropies [B, T] of a batch, with gradients.
+        denominator: `make_denominator` of the whole batch.
+        reference: log-probabilities of the KL term; called without gradients.
+    """
+    log_probs_BT, entropy_BT = score(part)
     reference_BT = None
     if reference is not None:
         with torch.no_grad():
-            reference_BT, _ = lm_log_probs(reference, part, settings.temperature)
+            reference_BT, _ = reference(part)
     inputs = LossInputs(
         log_probs_BT, part.old_log_probs_BT, part.advantages_B, part.action_mask_BT, entropy_BT, reference_BT
     )
@@ -93,3 +104,15 @@ def _backward(
     )
     output.loss.backward()
     return output.metrics
+
+
+def add_metrics(totals: dict[str, float], metrics: dict[str, float]) -> None:
+    """Add a micro-batch's metrics to the sums over the batch: means count by their tokens."""
+    for name, value in metrics.items():
+        weight = 1.0 if name in _SUMS else metrics["tokens"]
+        totals[name] = totals.get(name, 0.0) + weight * value
+
+
+def mean_metrics(totals: dict[str, float]) -> dict[str, float]:
+    """The metrics of a whole batch from the sums of `add_metrics`."""
+    return {n: v if n in _SUMS else v / totals["tokens"] for n, v in totals.items()}
