@@ -52,7 +52,7 @@ class ClusterHost:
         """
         network = load_router(directory, len(self._pool.facts[0].engines))
         self._version += 1
-        self._pool.publish(network.state_dict(), self._version, self._channel)
+        self._pool.publish(network.learned_state(), self._version, self._channel)
 
     def find_oracle(self, queries: Sequence[Query]) -> list[OracleResult]:
         """Search the queries' fewest dear steps, each where the memo knows it.

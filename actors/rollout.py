@@ -53,8 +53,9 @@ def make_runner(config: Config, engines: Sequence[Engine]) -> Any:
     from roro_ray.routing.runner import Runner
 
     pool = EnginePool(engines) if engines else make_pool(config.pool)
-    network = make_router(config.router, pool.size).to(config.pool.models[0].device)
-    return Runner(pool, RouterPolicy(network, version=-1), config.episode, config.ray.concurrency)
+    network = make_router(config.router, pool.size).to(config.router.device or config.pool.models[0].device)
+    policy = RouterPolicy(network, version=-1, cache_mb=config.router.cache_mb)
+    return Runner(pool, policy, config.episode, config.ray.concurrency)
 
 
 class VersionGate:

@@ -141,10 +141,45 @@ class RewardConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Rubricor and Judge as two LoRA adapters on one base model, and how their learner is spread over devices."""
+
+    base: str = ""  # the base model: a directory in Hugging Face format or a model of the hub; empty: off
+    revision: str = ""  # of a model of the hub; empty: the newest
+    dtype: str = "bfloat16"  # bfloat16 | float32: of the base's weights; adapters and optimiser are always float32
+    rank: int = 16  # of every adapter
+    alpha: float = 32.0  # adapters are scaled by alpha / rank
+    target_modules: list[str] = field(default_factory=list)  # names of modules to adapt; empty: every linear layer
+    attention: str = "auto"  # auto (flash_attention_2 on a GPU that has it, else sdpa) | sdpa | flash_attention_2
+    gradient_checkpointing: bool = True  # keep no activations inside a layer: less memory, a third more computation
+    token_budget: int = 16384  # tokens of one packed row, which is one forward pass; no sequence may be longer
+    logits_chunk: int = 512  # tokens whose logits (chunk x vocabulary, float32) are held at once
+    rubricor_lr: float = 2e-5  # of the Rubricor's adapter under GRPO
+    judge_lr: float = 1e-5  # of the Judge's adapter under GRPO
+    sft_lr: float = 1e-4  # of either under SFT, after linear warm-up
+    sft_updates: int = 200  # of either in the warm start
+    sft_warmup: int = 10  # updates of linear warm-up in SFT
+    weight_decay: float = 0.0  # of AdamW
+    grad_clip: float = 1.0  # largest norm of an adapter's gradient
+    strategy: str = "single"  # single | ddp | fsdp2: one process | a copy of the base per worker | base in shards
+    workers: int = 1  # Ray Train workers
+    cpus: float = 0.5  # of each worker
+    gpus: float = 0.0  # of each worker
+    checkpoint_every: int = 10  # updates; what came after the last checkpoint is done again after a crash
+    max_failures: int = 2  # restarts of the worker group
+    transport: str = "storage"  # storage (a directory that all nodes see) | objects (Ray's object store) to the engines
+    timeout_s: float = 1800.0  # deadline of one update, and of loading the base
+
+
+@dataclass
 class RouterConfig:
     """The router network and its training by GRPO."""
 
     encoder: str = "world:encoder"  # causal LM that reads the text so far; empty: scalar signals only
+    encoder_revision: str = ""  # of an encoder of the hub; empty: the newest
+    encoder_dtype: str = "float32"  # float32 | bfloat16 (with encoder_rank > 0): of the encoder's weights
+    encoder_rank: int = 0  # train the encoder as a LoRA adapter of this rank; 0: all of its weights
+    device: str = ""  # of the router in rollout workers; empty: the first model's device
     hidden: int = 64  # width of the decision head
     prior: float = 0.25  # probability of a dearer model before training
     peek: str = "none"  # none | first_token | step
@@ -168,6 +203,8 @@ class RouterConfig:
     checkpoint_every: int = 5  # iterations
     max_failures: int = 2  # restarts of the Train workers
     micro_batch: int = 128  # trajectories in one forward pass of the learner; changes memory, not the gradient
+    gradient_checkpointing: bool = False  # the learner keeps no activations inside an encoder layer: less memory
+    cache_mb: int = 64  # MiB of key/value states that each rollout worker keeps of the texts its encoder has read
 
 
 @dataclass
@@ -178,6 +215,8 @@ class EvaluateConfig:
     random_shares: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
     thresholds: int = 9  # thresholds of every threshold method, quantiles of its signal on validation
     bootstrap: int = 1000  # resamples over queries
+    oracle: bool = True  # search each test query's fewest dear steps; affordable with short plain solutions only
+    oracle_steps: int = 4000  # most steps that this search may ask for, per query
     accuracy_slack: float = 0.01  # operating point: cheapest within this of the large model on validation
     every: int = 10  # router iterations between points of the learning curve
     curve_cost_weights: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.4])  # swept at each of its points
@@ -214,8 +253,28 @@ class RayConfig:
     engine_gpus: float = 0.0
     autoscaler: bool = False  # the cluster can grow: wait for resources that it lacks instead of failing
     object_store_mb: int = 256  # of a cluster that we start
+    gpu_memory_gb: float = 80.0  # GiB of each GPU, for what --dry-run works out; a running engine asks the GPU itself
     timeout_s: float = 120.0  # deadline of ready() calls
     concurrency: int = 256  # concurrent episodes per worker
+
+
+@dataclass
+class EstimateConfig:
+    """What `--dry-run` assumes where nothing is measured yet. Nothing that runs reads it: change it freely."""
+
+    tokens: int = 8000  # of a mean trajectory, its final answer apart
+    step_tokens: int = 120  # of a mean step
+    prompt_tokens: int = 250  # of a mean query in its prompt
+    answer_tokens: int = 400  # of a mean final answer behind a thinking block
+    rubric_tokens: int = 300  # of a mean rubric, or of the text that one criterion adds to what the Judge reads, times 5
+    large_share: float = 0.4  # of the steps that a router or a threshold sends to dearer models
+    process_share: float = 0.3  # of the collected trajectories whose process quality must be measured
+    gpu_tflops: float = 989.0  # peak of one GPU, 10^12 FLOP/s, bf16 without sparsity (H100 SXM, NVIDIA's data sheet)
+    gpu_bandwidth: float = 3.35  # peak of its memory, 10^12 bytes/s (H100 SXM, NVIDIA's data sheet)
+    read_utilisation: float = 0.4  # of the peak FLOP/s that reading (prefill) reaches
+    train_utilisation: float = 0.3  # of the peak FLOP/s that training reaches
+    write_utilisation: float = 0.6  # of the peak bandwidth that writing (decode) reaches
+    overhead: float = 1.5  # hours are multiplied by this: loading, stragglers, one role waiting for another
 
 
 @dataclass
@@ -238,8 +297,10 @@ class Config:
     collect: CollectConfig = field(default_factory=CollectConfig)
     pairs: PairsConfig = field(default_factory=PairsConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+    estimate: EstimateConfig = field(default_factory=EstimateConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from functools import reduce
 from typing import Any
 
-from roro_ray.config import Config
+from roro_ray.config import Config, LoraConfig
 from roro_ray.errors import ConfigError, did_you_mean
 from roro_ray.types import PairKind, Peek
 from roro_ray.world.tasks import SUITES
@@ -21,9 +21,14 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "episode.answer_by": ("large", "small", "last"),
     "pairs.process_source": ("interventions", "agreement"),
     "reward.rubric_source": ("learned", "warm", "random", "fixed"),
+    "router.encoder_dtype": ("float32", "bfloat16"),
     "router.peek": tuple(peek.value for peek in Peek),
     "router.credit": ("trajectory", "step"),
     "router.normalisation": ("dr_grpo", "group", "dapo"),
+    "lora.dtype": ("bfloat16", "float32"),
+    "lora.attention": ("auto", "sdpa", "flash_attention_2"),
+    "lora.strategy": ("single", "ddp", "fsdp2"),
+    "lora.transport": ("storage", "objects"),
     "wandb.mode": ("disabled", "offline", "online"),
 }
 _AT_LEAST_ONE = (
@@ -54,9 +59,15 @@ _AT_LEAST_ONE = (
     "router.micro_batch",
     "evaluate.thresholds",
     "evaluate.bootstrap",
+    "evaluate.oracle_steps",
     "evaluate.every",
     "calibrate.queries",
     "calibrate.bootstrap",
+    "lora.rank",
+    "lora.token_budget",
+    "lora.logits_chunk",
+    "lora.workers",
+    "lora.checkpoint_every",
     "ray.workers",
     "ray.concurrency",
 )
@@ -70,9 +81,17 @@ _NOT_NEGATIVE = (
     "reward.rubricor_updates",
     "reward.entropy",
     "router.beta",
+    "router.encoder_rank",
+    "router.cache_mb",
     "router.entropy",
     "router.max_lag",
     "router.max_failures",
+    "router.cache_mb",
+    "lora.sft_updates",
+    "lora.sft_warmup",
+    "lora.weight_decay",
+    "lora.gpus",
+    "lora.max_failures",
     "ray.worker_gpus",
     "ray.learner_gpus",
     "ray.reward_gpus",
@@ -91,12 +110,27 @@ _POSITIVE = (
     "router.encoder_lr",
     "router.clip",
     "router.grad_clip",
+    "lora.alpha",
+    "lora.rubricor_lr",
+    "lora.judge_lr",
+    "lora.sft_lr",
+    "lora.grad_clip",
+    "lora.cpus",
+    "lora.timeout_s",
     "ray.worker_cpus",
     "ray.learner_cpus",
     "ray.reward_cpus",
     "ray.engine_cpus",
     "ray.object_store_mb",
+    "ray.gpu_memory_gb",
     "ray.timeout_s",
+    "estimate.tokens",
+    "estimate.step_tokens",
+    "estimate.gpu_tflops",
+    "estimate.gpu_bandwidth",
+    "estimate.read_utilisation",
+    "estimate.train_utilisation",
+    "estimate.write_utilisation",
 )
 # (smaller, larger): the first may not exceed the second.
 _ORDERED = (
@@ -133,6 +167,7 @@ def check_config(settings: Config) -> None:
             raise ConfigError(f"{low}={small} and {high}={large} contradict each other: raise {high} or lower {low}.")
     _check_lists(settings)
     _check_calibrate(settings)
+    _check_lora(settings.lora)
     _check_relations(settings)
 
 
@@ -179,6 +214,19 @@ def _check_calibrate(settings: Config) -> None:
         raise ConfigError(f"calibrate.confidence: got {settings.calibrate.confidence}, expected one between 0 and 1.")
 
 
+def _check_lora(lora: LoraConfig) -> None:
+    if lora.strategy == "single" and lora.workers > 1:
+        raise ConfigError(
+            f"lora.strategy=single and lora.workers={lora.workers} contradict each other: set lora.strategy to ddp "
+            "(the base fits one device) or fsdp2 (it does not), or lora.workers=1."
+        )
+    if lora.attention == "flash_attention_2" and lora.dtype == "float32":
+        raise ConfigError(
+            "lora.attention=flash_attention_2 and lora.dtype=float32 contradict each other: its kernels compute in "
+            "half precision only. Set lora.dtype=bfloat16 or lora.attention=sdpa."
+        )
+
+
 def _check_relations(settings: Config) -> None:
     if len(settings.pool.models) < 2:
         raise ConfigError(
@@ -187,6 +235,12 @@ def _check_relations(settings: Config) -> None:
         )
     if not 0 < settings.router.prior < 1:
         raise ConfigError(f"router.prior: got {settings.router.prior}, expected a probability between 0 and 1.")
+    if settings.router.encoder_dtype != "float32" and not settings.router.encoder_rank:
+        raise ConfigError(
+            f"router.encoder_dtype={settings.router.encoder_dtype} and router.encoder_rank=0 contradict each other: "
+            "small updates of 16-bit weights are lost to rounding. Train an adapter (router.encoder_rank=16) or keep "
+            "float32."
+        )
     drawn = len(settings.data.suites) * settings.data.router_queries
     if settings.router.queries > drawn:
         raise ConfigError(
@@ -209,11 +263,19 @@ def warn_ignored(settings: Config, explicit: Collection[str]) -> None:
         (settings.pairs.process_source != "interventions", "pairs.continuations", "pairs.process_source=agreement"),
         (not greedy, "pool.memo_entries", "episode.temperature > 0: only greedy steps are remembered"),
         (settings.router.beta == 0, "router.credit", "router.beta=0: there is no process reward to credit"),
-        (not settings.router.encoder, "router.encoder_lr", "router.encoder is empty"),
+        *(
+            (not settings.router.encoder, f"router.{key}", "router.encoder is empty")
+            for key in ("encoder_lr", "encoder_rank", "encoder_dtype", "gradient_checkpointing", "cache_mb")
+        ),
         (settings.wandb.mode == "disabled", "wandb.project", "wandb.mode=disabled"),
         *(
             (settings.reward.rubric_source != "learned", key, f"reward.rubric_source={settings.reward.rubric_source}")
             for key in ("reward.rounds", "reward.judge_updates", "reward.rubricor_updates")
+        ),
+        *(
+            (not settings.lora.base, key, "lora.base is empty: no adapters are trained")
+            for key in sorted(explicit)
+            if key.startswith("lora.") and key != "lora.base"
         ),
     )
     for idle, key, reason in rules:

@@ -45,7 +45,7 @@ def save_checkpoint(directory: Path, trainer: RouterTrainer, settings: dict[str,
     """
     final = directory / f"{PREFIX}{trainer.iteration:06d}"
     with write_directory(final) as temporary:
-        save_file(_own(trainer.network.state_dict()), temporary / _WEIGHTS)
+        save_file(_own(trainer.network.learned_state()), temporary / _WEIGHTS)
         for version, state in trainer.past.items():
             save_file(_own(state), temporary / f"past_{version:06d}.safetensors")
         rng = {"torch": torch.get_rng_state(), "python": random.getstate()}

@@ -38,7 +38,7 @@ from roro_ray.learning.router_rewards import (
     weigh_rollouts,
 )
 from roro_ray.routing.episode import EpisodeFailure, EpisodeSpec
-from roro_ray.routing.router import RouterNetwork
+from roro_ray.routing.router import RouterNetwork, fill_router
 from roro_ray.routing.router_batch import RouterBatch, encode_trajectories, score_decisions
 from roro_ray.types import Query, Trajectory
 
@@ -96,7 +96,7 @@ class RouterTrainer:
         """Publish the present weights and the past ones that rollouts may still ask for."""
         for version, state in self.past.items():
             self._publish(state, version)
-        self._publish(self.network.state_dict(), self.iteration)
+        self._publish(self.network.learned_state(), self.iteration)
 
     def step(self) -> dict[str, float]:
         """Do one iteration; returns its metrics, over all ranks.
@@ -120,7 +120,7 @@ class RouterTrainer:
         self.iteration += 1
         for old in [v for v in self.past if v < self.iteration - self.config.router.max_lag]:
             del self.past[old]  # no rollout will be made with it any more
-        self._publish(self.network.state_dict(), self.iteration)
+        self._publish(self.network.learned_state(), self.iteration)
         sums = self._add_sums(weighed.sums)
         metrics = {"iteration": float(self.iteration), "lag": float(lag), **finish_metrics(sums), **learned}
         metrics |= {
@@ -170,7 +170,7 @@ class RouterTrainer:
             own *= weighed.sums["episodes"] / len(weighed.trajectories)
         denominator = float(self._share.add(torch.tensor([own], dtype=torch.float64)))
         if self.config.router.max_lag:
-            self.past[self.iteration] = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
+            self.past[self.iteration] = {k: v.detach().clone() for k, v in self.network.learned_state().items()}
         if denominator == 0:
             warnings.warn(
                 f"iteration {self.iteration}: every group's reward is constant or missing, nothing was learned",
@@ -220,7 +220,7 @@ class RouterTrainer:
         if version != self.iteration:
             assert self._behind is not None, "a version behind the present one, and max_lag is 0"
             network = self._behind
-            network.load_state_dict(self.past[version])
+            fill_router(network, self.past[version])
         with torch.no_grad():
             return score_decisions(network, batch)[0]
 
@@ -262,7 +262,8 @@ def make_optimizer(network: RouterNetwork, config: Config) -> torch.optim.Optimi
     """Adam with one learning rate for the encoder and one for the head."""
     groups = [{"params": list(network.head.parameters()), "lr": config.router.head_lr}]
     if network.body is not None:
-        groups.append({"params": list(network.body.parameters()), "lr": config.router.encoder_lr})
+        learned = [parameter for parameter in network.body.parameters() if parameter.requires_grad]
+        groups.append({"params": learned, "lr": config.router.encoder_lr})
     return torch.optim.Adam(groups)
 
 

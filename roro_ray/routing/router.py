@@ -6,6 +6,9 @@ causal, one forward pass over a finished trajectory gives every decision's logit
 step by step: training costs the trajectory's length, not its square. There is no dropout, and the weights are
 float32, so that learner and rollout workers compute the same probabilities.
 
+A large encoder can stay as it is, in 16 bits, and be trained as a LoRA adapter (peft): then adapter and head, in
+float32, are all that is published, checkpointed and saved.
+
 Axes: B trajectories, T text tokens, D decisions, F features, C encoder width, N models of the pool.
 """
 
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +37,16 @@ _WEIGHTS_FILE = "router.safetensors"
 _ENCODER_DIR = "encoder"
 _PIECES_KEPT = 200_000
 _ROWS_PER_PASS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderBase:
+    """Where an encoder's weights come from, their dtype, and the rank of the adapter that is trained on them."""
+
+    path: str
+    revision: str
+    dtype: str
+    rank: int
 
 
 class PieceTokenizer:
@@ -67,6 +81,7 @@ class RouterNetwork(torch.nn.Module):
         prior: probability of a dearer model before training; the last layer starts near zero, so that every
             text starts with it.
         peek: what the policy made of this network looks at.
+        base: where the body's frozen weights come from, if it is trained as an adapter; None where all of it is.
     """
 
     def __init__(
@@ -77,8 +92,10 @@ class RouterNetwork(torch.nn.Module):
         hidden: int,
         prior: float,
         peek: Peek = Peek.NONE,
+        base: EncoderBase | None = None,
     ) -> None:
         super().__init__()
+        self.base = base
         self.body = body
         self.tokenizer = tokenizer
         self.pieces = PieceTokenizer(tokenizer)
@@ -104,6 +121,19 @@ class RouterNetwork(torch.nn.Module):
         """2 x the encoder's parameters; the head runs once a decision and is not counted."""
         return 0.0 if self.body is None else 2.0 * sum(parameter.numel() for parameter in self.body.parameters())
 
+    def learned_state(self) -> dict[str, torch.Tensor]:
+        """The weights that training changes: all, or adapter and head where the encoder's own stay frozen."""
+        state: dict[str, torch.Tensor] = self.state_dict()
+        if self.base is None:
+            return state
+        return {name: tensor for name, tensor in state.items() if name.startswith("head.") or ".lora_" in name}
+
+    def checkpoint_activations(self) -> None:
+        """Keep no activations inside the encoder's layers for the backward pass; they are computed again there."""
+        if self.body is not None:
+            self.body.gradient_checkpointing_enable({"use_reentrant": False})
+            self.train()  # the library does so in training mode alone; there is no dropout
+
     def encode(self, ids_BT: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, T, C] of right-padded texts.
 
@@ -118,7 +148,8 @@ class RouterNetwork(torch.nn.Module):
         if states_C is None:
             return cast(torch.Tensor, self.head(features_F))
         # Without its scale the state would drown the features, which lie in [0, 1].
-        return cast(torch.Tensor, self.head(torch.cat([F.layer_norm(states_C, (self.width,)), features_F], dim=-1)))
+        normed_C = F.layer_norm(states_C.float(), (self.width,))
+        return cast(torch.Tensor, self.head(torch.cat([normed_C, features_F], dim=-1)))
 
     def forward(
         self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, boundary_BD: torch.Tensor, features_BDF: torch.Tensor
@@ -165,22 +196,37 @@ def make_router(config: RouterConfig, pool_size: int) -> RouterNetwork:
     if config.peek not in peeks:
         hint = did_you_mean(config.peek, peeks)
         raise ConfigError(f"router.peek is {config.peek!r}: expected one of {', '.join(peeks)}{hint}")
-    body, tokenizer = _load_encoder(config.encoder) if config.encoder else (None, None)
-    return RouterNetwork(body, tokenizer, pool_size, config.hidden, config.prior, Peek(config.peek))
+    base = EncoderBase(config.encoder, config.encoder_revision, config.encoder_dtype, config.encoder_rank)
+    body, tokenizer = _load_encoder(base) if config.encoder else (None, None)
+    kept = base if config.encoder and config.encoder_rank else None
+    return RouterNetwork(body, tokenizer, pool_size, config.hidden, config.prior, Peek(config.peek), kept)
 
 
-def _load_encoder(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_encoder(base: EncoderBase) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from roro_ray.engines.loading import load_model
 
     try:
-        loaded = load_model(path, "cpu", "float32")
+        loaded = load_model(base.path, "cpu", base.dtype)
     except EngineError as error:
         raise ConfigError(
-            f"router.encoder is {path!r}: {error}. Expected a causal LM with its tokenizer in Hugging Face format, "
-            "world:NAME for a shipped one, or nothing for scalar signals only"
+            f"router.encoder is {base.path!r}: {error}. Expected a causal LM with its tokenizer in Hugging Face "
+            "format, world:NAME for a shipped one, or nothing for scalar signals only"
         ) from error
     body = cast(PreTrainedModel, loaded.model.base_model)
-    return body.requires_grad_(True), loaded.tokenizer  # engines only infer, and freeze what they load
+    if not base.rank:
+        return body.requires_grad_(True), loaded.tokenizer  # engines only infer, and freeze what they load
+    from peft import LoraConfig, inject_adapter_in_model
+
+    settings = LoraConfig(r=base.rank, lora_alpha=2 * base.rank, lora_dropout=0.0, target_modules="all-linear")
+    inject_adapter_in_model(settings, body)
+    for name, parameter in body.named_parameters():
+        is_adapter = ".lora_" in name
+        parameter.requires_grad_(is_adapter)
+        if is_adapter:
+            parameter.data = parameter.data.float()
+    return body, loaded.tokenizer
+
+
 
 
 def save_router(router: RouterNetwork, directory: Path | str, version: int = 0) -> Path:
@@ -190,10 +236,10 @@ def save_router(router: RouterNetwork, directory: Path | str, version: int = 0) 
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    if router.body is not None and router.tokenizer is not None:
+    if router.body is not None and router.tokenizer is not None and router.base is None:
         router.body.config.save_pretrained(directory / _ENCODER_DIR)
         router.tokenizer.save_pretrained(directory / _ENCODER_DIR)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in router.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in router.learned_state().items()}
     with write_whole(directory / _WEIGHTS_FILE) as temporary:
         save_file(tensors, temporary)
     facts = {
@@ -202,6 +248,7 @@ def save_router(router: RouterNetwork, directory: Path | str, version: int = 0) 
         "prior": router.prior,
         "peek": router.peek.value,
         "encoder": router.body is not None,
+        "base": asdict(router.base) if router.base is not None else None,
         "features": list(FEATURE_NAMES),
         "version": version,
     }
@@ -232,13 +279,17 @@ def load_router(directory: Path | str, pool_size: int | None = None) -> RouterNe
             f"expected {list(FEATURE_NAMES)}: train anew"
         )
     body, tokenizer = None, None
-    if facts["encoder"]:
+    base = EncoderBase(**facts["base"]) if facts.get("base") else None
+    if base is not None:
+        body, tokenizer = _load_encoder(base)
+    elif facts["encoder"]:
         try:
             body = AutoModel.from_config(AutoConfig.from_pretrained(directory / _ENCODER_DIR), dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(directory / _ENCODER_DIR)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"router {directory}: its {_ENCODER_DIR}/ is missing or damaged: {error}") from error
-    router = RouterNetwork(body, tokenizer, facts["pool_size"], facts["hidden"], facts["prior"], Peek(facts["peek"]))
+    shape = (facts["pool_size"], facts["hidden"], facts["prior"], Peek(facts["peek"]))
+    router = RouterNetwork(body, tokenizer, *shape, base)
     try:
         tensors = load_file(directory / _WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
@@ -263,7 +314,7 @@ def fill_router(router: RouterNetwork, state_dict: dict[str, torch.Tensor], sour
     Raises:
         CheckpointError: a tensor is missing, too many, or of another shape; the router is left as it was.
     """
-    own = router.state_dict()
+    own = router.learned_state()
     wrong = [f"{name} is missing" for name in own if name not in state_dict]
     wrong += [f"{name} is unknown" for name in state_dict if name not in own]
     wrong += [
@@ -276,7 +327,7 @@ def fill_router(router: RouterNetwork, state_dict: dict[str, torch.Tensor], sour
             f"{source} do not fit this router: {'; '.join(wrong[:3])}{' ..' if len(wrong) > 3 else ''}. "
             "Check pool.models, router.encoder and router.hidden against the run that saved them"
         )
-    router.load_state_dict(state_dict)
+    router.load_state_dict(state_dict, strict=False)  # frozen weights are not among them
 
 
 def _read_facts(directory: Path) -> dict[str, Any]:
