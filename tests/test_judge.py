@@ -12,15 +12,9 @@ from simulated import make_trajectory
 
 from roro_ray.engines.protocol import ChoiceScores
 from roro_ray.reward.generic import make_rubric_of
-from roro_ray.reward.judge import (
-    EngineJudge,
-    Judge,
-    make_judge_batch,
-    make_question,
-    make_verdict,
-    neutralise,
-    serialise,
-)
+from roro_ray.reward.engine_judge import EngineJudge
+from roro_ray.reward.judge import Judge, make_judge_batch, make_verdict
+from roro_ray.reward.judge_text import make_question, neutralise, serialise
 from roro_ray.reward.rubric import make_criterion, make_overall_criterion, make_step_criterion
 from roro_ray.types import Query, Rubric, Trajectory
 from roro_ray.world.corpus import CorpusSpec
@@ -175,7 +169,7 @@ class _ChoiceEngine:
     def __init__(self) -> None:
         self.asked: list[str] = []
 
-    async def score_choices(self, prefix: str, choices: tuple[str, ...]) -> ChoiceScores:
+    async def score_choices(self, prefix: str, choices: tuple[str, ...], adapter: str = "") -> ChoiceScores:
         assert choices == ("yes", "no")
         self.asked.append(prefix)
         yes = math.log(0.08) if prefix.rpartition("Rubric:\n")[2].count("large") else math.log(0.01)

@@ -13,7 +13,8 @@ from roro_ray.learning.grpo import make_advantages
 from roro_ray.learning.sequences import Completion, TokenBatch, make_token_batch
 from roro_ray.reward.freeform import find_steps
 from roro_ray.reward.generic import count_criteria, draw_random_criteria
-from roro_ray.reward.judge import Judge, make_question
+from roro_ray.reward.judge import Judge
+from roro_ray.reward.judge_text import make_question
 from roro_ray.reward.preference import QueryPairs, find_dearer, reward_scores, weigh_pairs
 from roro_ray.reward.rubric import (
     MODELS,

@@ -2,7 +2,7 @@
 
 The text is `{query}`, the steps with `[S] ` or `[L] ` before each (who wrote it), `Rubric:` and one question
 `{criterion} (yes/no)? {subject}: `; the verdict is read from the probabilities of `yes` and `no` right after it. A real
-language model answers one question a call (`EngineJudge`). A model that we hold in memory answers all questions about a
+language model answers one question a call (`engine_judge`). One that we hold in memory answers all questions about a
 trajectory in one forward pass: each question is a branch that sees the trajectory and itself but no other question, at
 the positions it would have alone. So the packed verdict equals the one-a-call verdict, does not depend on the order of
 the criteria or on the rest of the rubric, the trajectory is read once for all rubrics of its query, and verdicts can be
@@ -13,61 +13,18 @@ Axis suffixes: _B trajectories, _T tokens, _Q questions of all trajectories, fla
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from roro_ray.config import STEP_DELIMITER
-from roro_ray.engines.protocol import Engine
 from roro_ray.errors import ConfigError
-from roro_ray.types import Criterion, Query, Rubric, Trajectory, Verdict
+from roro_ray.reward.judge_text import VERDICTS, make_question, serialise
+from roro_ray.types import Query, Rubric, Trajectory, Verdict
 
-RUBRIC_HEADING = "Rubric:\n"
-QUESTION_END = " (yes/no)? "
-VERDICTS = ("yes", "no")
-_MAX_SUBJECT = 24
 _BATCH_TOKENS = 16_384
 _MEMO_ENTRIES = 400_000
-# What would read as our own marks if it stood in a query or a step; the replacement says the same to a reader.
-_NEUTRAL = (("[S]", "(S)"), ("[L]", "(L)"), ("[M", "(M"), ("Rubric:", "rubric,"), ("(yes/no)", "(yes or no)"))
-
-
-def neutralise(text: str, special: Iterable[str] = ()) -> str:
-    """The text on one line, with everything that could be taken for a mark of the Judge's format replaced."""
-    for token in special:
-        text = text.replace(token, "")
-    for mark, harmless in _NEUTRAL:
-        text = text.replace(mark, harmless)
-    return " ".join(text.splitlines())
-
-
-def writer_mark(model: int, pool_size: int) -> str:
-    """`[S] ` for the cheapest model, `[L] ` for the dearest, `[M1] `.. for those between."""
-    if model == 0:
-        return "[S] "
-    return "[L] " if model >= pool_size - 1 else f"[M{model}] "
-
-
-def serialise(query: Query, trajectory: Trajectory, special: Iterable[str] = ()) -> str:
-    """The Judge's text up to and including `Rubric:`; no gold answer and no correctness in it."""
-    parts = [neutralise(query.text, special)]
-    for step in trajectory.steps:
-        mark = writer_mark(step.model, len(step.decision.probabilities))
-        parts.append(mark + neutralise(step.text, special))
-    return STEP_DELIMITER.join([*parts, RUBRIC_HEADING])
-
-
-def make_question(criterion: Criterion, special: Iterable[str] = ()) -> str:
-    """The question that a criterion asks; its weight does not belong to it.
-
-    It ends with the criterion's subject again (`B: `, `overall: `), so that the verdict is read where the
-    subject stands: a small transformer finds the step of that name by one look at equal tokens.
-    """
-    text = neutralise(criterion.text, special)
-    subject, colon, _ = text.partition(": ")
-    return text + QUESTION_END + (subject + colon if len(subject) <= _MAX_SUBJECT else "")
 
 
 def make_verdict(
@@ -236,23 +193,3 @@ class Judge:
                 )
             result.append(tuple(verdicts))
         return result
-
-
-class EngineJudge:
-    """A real language model behind an engine as the Judge: the same text, one `score_choices` per question."""
-
-    def __init__(self, engine: Engine, version: int = 0) -> None:
-        self.engine = engine
-        self.version = version
-
-    async def score(self, query: Query, trajectory: Trajectory, rubric: Rubric) -> Verdict:
-        """The verdict of one trajectory.
-
-        P(yes) and P(no) are normalised over the two, since a chat model spreads mass over `Yes`, ` yes`, ..
-        """
-        head = serialise(query, trajectory)
-        yes = []
-        for criterion in rubric.criteria:
-            scores = await self.engine.score_choices(head + make_question(criterion), VERDICTS)
-            yes.append(float(torch.tensor(scores.log_probs).softmax(0)[0]))
-        return make_verdict(rubric, trajectory, yes, [1 - p for p in yes], self.version)

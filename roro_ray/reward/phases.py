@@ -20,7 +20,8 @@ from roro_ray.learning.grpo import LossInputs, make_advantages, make_loss
 from roro_ray.learning.sequences import Completion
 from roro_ray.learning.updates import UpdateSettings, update_model
 from roro_ray.reward.credit import RubricValue, balance_pairs, make_credit_batch, value_rubrics
-from roro_ray.reward.judge import Judge, make_judge_batch, make_question, serialise
+from roro_ray.reward.judge import Judge, make_judge_batch
+from roro_ray.reward.judge_text import make_question, serialise
 from roro_ray.reward.preference import QueryPairs, draw_items
 from roro_ray.reward.rubric import ReadRubric
 from roro_ray.reward.rubricor import MAX_RUBRIC_TOKENS, Rubricor

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from roro_ray.config import STEP_DELIMITER
 from roro_ray.learning.sampling import sample_completions
 from roro_ray.learning.sequences import Completion
-from roro_ray.reward.judge import RUBRIC_HEADING, neutralise
+from roro_ray.reward.judge_text import RUBRIC_HEADING, neutralise
 from roro_ray.reward.rubric import ReadRubric, read_rubric
 from roro_ray.types import Query, Rubric
 

@@ -28,7 +28,8 @@ from roro_ray.config import CollectConfig, EpisodeConfig, PairsConfig, PoolConfi
 from roro_ray.learning.sft import SftBatch, make_sft_batch, train_sft
 from roro_ray.reward.freeform import find_steps
 from roro_ray.reward.generic import draw_random_criteria, make_rubric_of
-from roro_ray.reward.judge import Judge, find_step, make_judge_batch, make_question, serialise
+from roro_ray.reward.judge import Judge, find_step, make_judge_batch
+from roro_ray.reward.judge_text import make_question, serialise
 from roro_ray.reward.pairs import make_pairs
 from roro_ray.reward.preference import QueryPairs, group_pairs
 from roro_ray.reward.rubric import MODELS, WEIGHTS, format_rubric, make_overall_criterion, make_step_criterion
