@@ -43,6 +43,8 @@ _FREE_KEYS = (
     "router.max_failures",
     "router.checkpoint_every",
     "router.micro_batch",
+    "router.gradient_checkpointing",
+    "router.cache_mb",
 )
 _PACKAGES = ("ray", "torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy", "wandb", "omegaconf")
 

@@ -49,7 +49,8 @@ class LocalHost:
         Raises:
             CheckpointError: the directory holds no router for this pool.
         """
-        self._runner.router = RouterPolicy(load_router(directory, self.pool.size))
+        network = load_router(directory, self.pool.size)
+        self._runner.router = RouterPolicy(network, cache_mb=self.config.router.cache_mb)
 
     def find_oracle(self, queries: Sequence[Query]) -> list[OracleResult]:
         """Search the queries' fewest dear steps."""

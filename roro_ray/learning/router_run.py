@@ -38,7 +38,10 @@ FINISHED = "FINISHED.json"
 METRICS = "metrics.jsonl"
 _CHECKPOINTS, _SNAPSHOTS = "checkpoints", "snapshots"
 # Settings that may change between a run and its resumption without changing what is learned up to there.
-_FREE = ("iterations", "workers", "checkpoint_every", "max_failures", "micro_batch")
+_FREE = (
+    *("iterations", "workers", "checkpoint_every", "max_failures"),
+    *("micro_batch", "gradient_checkpointing", "cache_mb"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +158,8 @@ class RouterRun:
         self._settings = fix_settings(config)
         torch.manual_seed(mix_seed(config.seed, "router weights"))
         network = make_router(config.router, len(config.pool.models)).to(device)
+        if config.router.gradient_checkpointing:
+            network.checkpoint_activations()
         self.trainer = RouterTrainer(config, network, queries, run, score, publish, share)
         checkpoint = find_checkpoint(directory / _CHECKPOINTS)
         if checkpoint is not None:

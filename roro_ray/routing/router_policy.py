@@ -32,7 +32,7 @@ from roro_ray.types import Decision, Peek
 
 _BATCH_DECISIONS = 512
 _STATES_KEPT = 100_000
-_CACHE_MB = 64  # key/value states of the texts read: about 80,000 tokens of the tiny encoder
+CACHE_MB = 64  # key/value states of the texts read: about 80,000 tokens of the tiny encoder
 
 
 _Rule = Callable[[Opinion, Observation], Decision]
@@ -51,14 +51,14 @@ class _Job:
 class _Core:
     """The network, its remembered states, and the batcher; shared by a sampling policy and its twins."""
 
-    def __init__(self, network: RouterNetwork, version: int) -> None:
+    def __init__(self, network: RouterNetwork, version: int, cache_mb: int) -> None:
         self.network = network.eval()
         self.version = version
         self.batcher: MicroBatcher[_Job, Opinion] = MicroBatcher(self._run, _BATCH_DECISIONS, 0.0, "router")
         self._lock = threading.Lock()
         self._states: dict[tuple[str, ...], torch.Tensor] = {}
         self._written = -1
-        self.reader = None if network.body is None else TextReader(network.body, _CACHE_MB)
+        self.reader = None if network.body is None else TextReader(network.body, cache_mb)
         self._flops_per_token = network.flops_per_token
 
     def load(self, state_dict: dict[str, torch.Tensor], version: int) -> None:
@@ -119,10 +119,19 @@ class RouterPolicy:
     Sampling takes its uniform from the observation's seed and the step's index, so that a decision does not
     depend on what else is in the batch. `Decision.log_prob` is the log-probability of the action under the
     policy that took it: the network's when sampling, 0 when greedy or priced.
+
+    Args:
+        cache_mb: bound, in MiB, of the key/value states kept of the texts read.
     """
 
-    def __init__(self, network: RouterNetwork, version: int | None = None, rule: _Rule = decide_sampled) -> None:
-        self._core = _Core(network, network.version if version is None else version)
+    def __init__(
+        self,
+        network: RouterNetwork,
+        version: int | None = None,
+        rule: _Rule = decide_sampled,
+        cache_mb: int = CACHE_MB,
+    ) -> None:
+        self._core = _Core(network, network.version if version is None else version, cache_mb)
         self._rule = rule
 
     @property
