@@ -6,7 +6,6 @@ placement in `actors`; what is here is the order of things and what is shown whi
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -90,28 +89,22 @@ def collect_stage(config: Config, run: RunDir, pool: RolloutPool) -> None:
 def pairs_stage(config: Config, run: RunDir, pool: RolloutPool) -> None:
     """Stage 2: preference pairs by outcome, cost and process quality."""
     from roro_ray.data.collection import training_queries
-    from roro_ray.data.store import load_trajectories, save_pairs
-    from roro_ray.reward.pairs import make_pairs, process_candidates
-    from roro_ray.reward.process import measure_process
+    from roro_ray.reward.pairing import pair_shards
 
     if _is_done(run, "make_pairs"):
         return
     run.require("collect")
-    with run_stage(run, "make_pairs", "Make preference pairs") as facts:
-        queries, trajectories = training_queries(config), load_trajectories(run.trajectories)
-        candidates = process_candidates(trajectories, config.pairs)
+    with run_stage(run, "make_pairs", "Make preference pairs") as facts, Progress("pairs", 1, "shards") as bar:
 
         def run_specs(specs: Sequence[EpisodeSpec]) -> Results:
-            with Progress("interventions", len(specs), "episodes") as bar:
-                return pool.run(specs, progress=lambda done, _: bar.move_to(done))
+            return pool.run(specs, progress=lambda done, total: bar.note(f"{done}/{total} interventions"))
 
-        temperature = config.episode.temperature
-        measured = measure_process(queries, candidates, run_specs, config.pairs, temperature, config.seed)
-        quality = {name: process.quality for name, process in measured.items()}
-        pairs = make_pairs(queries, trajectories, config.pairs, quality, config.seed)
-        save_pairs(run.pairs / "pairs.parquet", pairs)
-        facts.update(pairs=len(pairs), **Counter(str(pair.kind) for pair in pairs))
-        facts.update(unmeasured=len(candidates) - len(measured))
+        def move(done: int, total: int) -> None:
+            bar.total = total
+            bar.start_at(done)
+
+        found = pair_shards(config, run.trajectories, run.pairs, training_queries(config), run_specs, move)
+        facts.update(pairs=found.pairs, **found.kinds, unmeasured=found.unmeasured)
 
 
 def reward_stage(config: Config, run: RunDir) -> None:
@@ -226,7 +219,7 @@ def make_query_sets(config: Config) -> QuerySets:
 
 def _make_inputs(config: Config, run: RunDir, extra: dict[str, Path]) -> Any:
     from roro_ray.data.collection import training_queries
-    from roro_ray.data.store import load_trajectories
+    from roro_ray.data.store import iter_trajectories
     from roro_ray.evaluation.evaluate import Inputs, collect_alone
     from roro_ray.evaluation.learning_curve import Snapshot
     from roro_ray.learning.router_run import FINISHED, list_snapshots
@@ -238,7 +231,7 @@ def _make_inputs(config: Config, run: RunDir, extra: dict[str, Path]) -> Any:
         method: [Snapshot(done * batch, folder) for done, folder in list_snapshots(place).items()]
         for method, place in routers.items()
     }
-    alone = collect_alone(training_queries(config), load_trajectories(run.trajectories))
+    alone = collect_alone(training_queries(config), iter_trajectories(run.trajectories, batch_size=64))
     return Inputs(config, make_query_sets(config), routers, snapshots, alone, _make_explain(config, run))
 
 

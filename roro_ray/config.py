@@ -110,7 +110,7 @@ class PairsConfig:
     cost_margin: float = 0.15  # least difference in large share of a cost pair
     process_margin: float = 0.1  # least difference in process quality of a process pair
     process_cost_slack: float = 0.15  # largest difference in large share of a process pair
-    process_source: str = "interventions"  # interventions | agreement
+    process_source: str = "interventions"  # interventions | agreement | confidence (an estimate without rollouts)
     continuations: int = 1  # continuations per intervention where decoding samples
     max_per_query: int = 16  # pairs kept per query and kind
 
@@ -119,6 +119,14 @@ class PairsConfig:
 class RewardConfig:
     """Rubricor and Judge: shapes, warm start and alternating optimisation."""
 
+    backend: str = "local"  # local (two small models in memory) | engine (two LoRA adapters on the base below)
+    engine: ModelConfig = field(default_factory=lambda: ModelConfig("reward", "world:rubricor", adapters=2))  # the base
+    adapters: str = ""  # directory of adapters to start from (engine); empty: the run's warm start, else new ones
+    publish_every: int = 1  # updates between the versions of an adapter that the engine is given
+    rubric_tokens: int = 512  # most tokens of a rubric (engine)
+    judge_tokens: int = 0  # most tokens that the Judge reads at once (engine); 0: as many as the base has positions
+    judge_rows: int = 256  # most questions about trajectories in one update of the Judge (engine)
+    concurrency: int = 64  # trajectories or rubrics in flight at the engine
     rubricor: str = "world:rubricor"  # warm-started weights
     judge: str = "world:judge"
     rounds: int = 2  # alternations
@@ -169,6 +177,25 @@ class LoraConfig:
     max_failures: int = 2  # restarts of the worker group
     transport: str = "storage"  # storage (a directory that all nodes see) | objects (Ray's object store) to the engines
     timeout_s: float = 1800.0  # deadline of one update, and of loading the base
+
+
+@dataclass
+class WarmStartConfig:
+    """Rubrics by a strong LLM, from which Rubricor and Judge learn before the alternation (python -m jobs.warm_start)."""
+
+    writer: str = "large"  # the strong LLM: a model of the pool by name; empty: the engine below
+    engine: ModelConfig = field(default_factory=lambda: ModelConfig("writer", "world:large"))  # a model of its own
+    pairs_per_query: int = 2  # pairs written about, drawn over kinds
+    max_pairs: int = 2000  # in all
+    attempts: int = 2  # rubrics sampled for a pair until one is kept
+    temperature: float = 0.7  # of the writing
+    max_tokens: int = 768  # of one written rubric
+    verdicts: str = "scores"  # scores (probabilities of yes and no) | text (one written word, for endpoints without)
+    margin: float = 0.1  # least difference in score between the preferred and the rejected trajectory
+    swap: bool = True  # also ask which of the two is better, with the sides both ways
+    concurrency: int = 16  # pairs in flight
+    batch: int = 16  # examples of one SFT update
+    epochs: float = 2.0  # passes over the examples, at most lora.sft_updates updates of each adapter
 
 
 @dataclass
@@ -298,6 +325,7 @@ class Config:
     pairs: PairsConfig = field(default_factory=PairsConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    warm: WarmStartConfig = field(default_factory=WarmStartConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)

@@ -6,12 +6,15 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from simulated import SimulatedRunner, make_trajectory
 
-from roro_ray.config import PairsConfig
-from roro_ray.errors import ConfigError
+from roro_ray.config import Config, PairsConfig
+from roro_ray.data.store import load_pairs, save_trajectories
+from roro_ray.errors import ConfigError, DataError
+from roro_ray.reward.pairing import PairFacts, pair_shards
 from roro_ray.reward.pairs import fold_of, group_by_query, make_pairs, process_candidates
 from roro_ray.reward.process import measure_process
 from roro_ray.routing.episode import EpisodeFailure, EpisodeSpec
@@ -196,3 +199,56 @@ def test_interventions_agree_with_the_true_need_of_each_step() -> None:
 def test_an_unknown_source_is_refused() -> None:
     with pytest.raises(ConfigError, match="did you mean 'interventions'"):
         measure_process([QUERY], [], lambda specs: [], PairsConfig(process_source="intervention"))
+
+
+def test_confidence_stands_in_for_interventions_without_a_rollout() -> None:
+    def shaped(models: tuple[int, ...], confidences: tuple[float, ...], name: str) -> Trajectory:
+        made = trajectory(models, name)
+        steps = [replace(step, confidence=c) for step, c in zip(made.steps, confidences, strict=True)]
+        return replace(made, steps=tuple(steps))
+
+    def refuse(specs: Sequence[EpisodeSpec]) -> list[Trajectory | EpisodeFailure]:
+        raise AssertionError("a rollout was asked for")
+
+    first = shaped((0, 0, 1, 0), (0.9, 0.2, 0.5, 0.95), "a")  # unsure where it was small, unsure where large
+    second = shaped((0, 1, 0, 0), (0.9, 0.4, 0.8, 0.95), "b")
+    third = shaped((1, 0, 0, 0), (0.99, 0.7, 0.8, 0.95), "c")  # large where it was surest
+    mute = shaped((0, 0, 0, 0), (0.9, 0.9, 0.0, 0.9), "d")  # an endpoint that tells no log-probabilities
+    config = PairsConfig(process_source="confidence")
+    quality = measure_process([QUERY], [first, second, third, mute], refuse, config)
+    assert quality.keys() == {"q/a", "q/b", "q/c"}
+    assert quality["q/a"].steps == ("idle", "miss", "waste", "idle")
+    assert quality["q/b"].steps == ("idle", "needed", "idle", "idle") and quality["q/b"].quality == 1.0
+    assert quality["q/c"].steps == ("waste", "miss", "idle", "idle")
+    assert quality["q/a"].quality == quality["q/c"].quality == 1 - 3 / 4
+
+
+def test_shards_are_paired_one_by_one_and_an_interrupted_stage_goes_on(tmp_path: Path) -> None:
+    config = Config(pairs=PairsConfig(process_source="confidence"))
+    queries = [replace(QUERY, id=f"q{n}") for n in range(3)]
+    for number, query in enumerate(queries):
+        group = [
+            replace(make_trajectory(query, models, TEXTS, name), correct=correct)
+            for models, name, correct in (((0, 1, 0, 0), "x", True), ((1, 1, 1, 0), "y", True), ((0,) * 4, "z", False))
+        ]
+        save_trajectories(tmp_path / "trajectories" / f"s{number}.parquet", group)
+    ran: list[int] = []
+
+    def pair(stop_at: int = 99) -> PairFacts:
+        def progress(done: int, total: int) -> None:
+            assert total == 3
+            ran.append(done)
+            if done == stop_at:
+                raise KeyboardInterrupt
+
+        return pair_shards(config, tmp_path / "trajectories", tmp_path / "pairs", queries, lambda specs: [], progress)
+
+    with pytest.raises(KeyboardInterrupt):
+        pair(stop_at=2)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "pairs").glob("*.parquet")}
+    assert len(before) == 2
+    facts = pair()
+    assert facts.kinds == {"cost": 3, "outcome": 6} and facts.pairs == len(load_pairs(tmp_path / "pairs")) == 9
+    assert all(path.stat().st_mtime_ns == changed for path, changed in before.items())
+    with pytest.raises(DataError, match=r"jobs\.collect"):
+        pair_shards(config, tmp_path / "none", tmp_path / "pairs2", queries, lambda specs: [])

@@ -8,7 +8,7 @@ validation. A method that cannot be run (no such router in this run) is left out
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -70,7 +70,7 @@ class Evaluation:
     oracle_inexact: int = 0
 
 
-def collect_alone(queries: Sequence[Query], trajectories: Sequence[Trajectory]) -> list[tuple[Query, bool]]:
+def collect_alone(queries: Sequence[Query], trajectories: Iterable[Trajectory]) -> list[tuple[Query, bool]]:
     """The scored trajectories of the small model alone (strategy `fixed:0`) with their queries, one per query."""
     by_id = {query.id: query for query in queries}
     alone = {

@@ -1,8 +1,8 @@
 """Stage 2: from collected trajectories to preference pairs, one shard of the collection at a time.
 
 All trajectories of a query lie in one shard, so no more than a shard is ever held: long traces are read, compared and
-let go. Each shard's pairs go into a file of their own, whole or not at all; a stage that was interrupted does the shards
-that are missing.
+let go. Each shard's pairs go into a file of their own, whole or not at all; a stage that was interrupted does those that
+are missing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from roro_ray.config import Config
 from roro_ray.data.store import SUFFIX, finished_shards, load_pairs, load_trajectories, remove_leftovers, save_pairs
+from roro_ray.errors import DataError
 from roro_ray.reward.pairs import make_pairs, process_candidates
 from roro_ray.reward.process import Run, measure_process
 from roro_ray.types import Query
@@ -52,12 +53,14 @@ def pair_shards(
     """
     pairs.mkdir(parents=True, exist_ok=True)
     remove_leftovers(pairs)
-    names, done, facts = sorted(finished_shards(trajectories)) or [""], finished_shards(pairs), PairFacts()
+    names, done, facts = sorted(finished_shards(trajectories)), finished_shards(pairs), PairFacts()
+    if not names:
+        raise DataError(f"No trajectories in {trajectories}. Run `python -m jobs.collect` first.")
     for number, name in enumerate(names):
         on_progress(number, len(names))
         file = pairs / f"{name}{SUFFIX}"
         if name not in done:
-            collected = load_trajectories(trajectories / f"{name}{SUFFIX}" if name else trajectories)
+            collected = load_trajectories(trajectories / f"{name}{SUFFIX}")
             candidates = process_candidates(collected, config.pairs)
             measured = measure_process(queries, candidates, run, config.pairs, config.episode.temperature, config.seed)
             quality = {identity: process.quality for identity, process in measured.items()}

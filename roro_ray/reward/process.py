@@ -22,7 +22,7 @@ from roro_ray.routing.episode import EpisodeFailure, EpisodeSpec
 from roro_ray.types import Query, Step, Trajectory
 
 Run = Callable[[Sequence[EpisodeSpec]], Sequence[Trajectory | EpisodeFailure]]
-SOURCES = ("interventions", "agreement")
+SOURCES = ("interventions", "agreement", "confidence")
 _Key = tuple[str, tuple[str, ...], int]
 
 
@@ -64,8 +64,9 @@ def measure_process(
 ) -> dict[str, ProcessQuality]:
     """The process quality of each trajectory, by id; a trajectory with a failed intervention is left out.
 
-    `run` rolls out episode specs, results in order. `config.process_source` is `interventions`, or
-    `agreement` (the two models' steps at the prefix say the same: no continuation to the end counts).
+    `run` rolls out episode specs, results in order. `config.process_source` is `interventions`,
+    `agreement` (the two models' steps at the prefix say the same: no continuation to the end counts), or `confidence`
+    (no rollout at all: see `reward.process_estimate`).
 
     Raises:
         ConfigError: the source does not exist.
@@ -75,6 +76,10 @@ def measure_process(
             f"pairs.process_source is {config.process_source!r}: expected one of {', '.join(SOURCES)}"
             f"{did_you_mean(config.process_source, SOURCES)}"
         )
+    if config.process_source == "confidence":
+        from roro_ray.reward.process_estimate import estimate_process
+
+        return estimate_process(trajectories)
     repeats = config.continuations if temperature > 0 and config.process_source == "interventions" else 1
     by_id = {query.id: query for query in queries}
     asked: dict[_Key, list[EpisodeSpec]] = {}
@@ -154,5 +159,10 @@ def _measure_one(trajectory: Trajectory, outcomes: dict[_Key, _Outcome], agreeme
             kinds.append("needed" if matters else "waste")
         else:
             kinds.append("miss" if matters else "idle")
+    return make_quality(kinds)
+
+
+def make_quality(kinds: Sequence[str]) -> ProcessQuality:
+    """The quality of a trajectory of which each step is `needed`, `waste`, `miss` or `idle`."""
     waste, miss = kinds.count("waste"), kinds.count("miss")
     return ProcessQuality(1 - (waste + 2 * miss) / len(kinds), waste, miss, tuple(kinds))
