@@ -9,7 +9,7 @@ Axes: `_B` rows, `_T` tokens of a row, `_V` the vocabulary, `_N` action tokens o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -69,6 +69,10 @@ class TokenBatch:
             advantages if advantages.ndim == 1 else advantages[:, :width],
             self.group_ids_B[rows],
         )
+
+    def to(self, device: str | torch.device) -> TokenBatch:
+        """The same on a device."""
+        return TokenBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 def make_token_batch(
