@@ -1,8 +1,8 @@
 """Stage 2: from collected trajectories to preference pairs, one shard of the collection at a time.
 
 All trajectories of a query lie in one shard, so no more than a shard is ever held: long traces are read, compared and
-let go. Each shard's pairs go into a file of their own, whole or not at all; a stage that was interrupted does those that
-are missing.
+let go. Each shard's pairs go into a file of their own, whole or not at all; a stage that was interrupted does
+those that are missing.
 """
 
 from __future__ import annotations
