@@ -47,6 +47,7 @@ class WorkerFacts:
 
 def make_runner(config: Config, engines: Sequence[Engine]) -> Any:
     """The runner of one worker: with its own engines, or with `engines` where they live in actors of their own."""
+    from roro_ray.data.scoring import AnswerScorer
     from roro_ray.engines.pool import EnginePool, make_pool
     from roro_ray.routing.router import make_router
     from roro_ray.routing.router_policy import RouterPolicy
@@ -55,7 +56,7 @@ def make_runner(config: Config, engines: Sequence[Engine]) -> Any:
     pool = EnginePool(engines) if engines else make_pool(config.pool)
     network = make_router(config.router, pool.size).to(config.router.device or config.pool.models[0].device)
     policy = RouterPolicy(network, version=-1, cache_mb=config.router.cache_mb)
-    return Runner(pool, policy, config.episode, config.ray.concurrency)
+    return Runner(pool, policy, config.episode, config.ray.concurrency, AnswerScorer.from_config(config.data))
 
 
 class VersionGate:

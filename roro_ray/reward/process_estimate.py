@@ -1,10 +1,10 @@
 """Process quality from the writers' confidence alone: no rollout, for models whose continuations are dear.
 
 Of the trajectories of one query, a small step of which its writer was among the least sure is taken for a miss (the
-large model should have written it), a large step of which its writer was among the surest for waste (the small one would
-have done). Quantiles are taken within query and writer, since confidence differs between models and queries for
-reasons that say nothing about steps. An estimate and no evidence: models are sure of some steps that they get wrong, as the
-embedded world's small one is. `pairs.process_source=interventions` measures.
+large model should have written it), a large step of which its writer was among the surest for waste (the small one
+would have done). Quantiles are taken within query and writer, since confidence differs between models and queries for
+reasons that say nothing about steps. An estimate and no evidence: models are sure of some steps that they get wrong,
+as the embedded world's small one is. `pairs.process_source=interventions` measures.
 """
 
 from __future__ import annotations
