@@ -120,7 +120,7 @@ class RewardConfig:
     """Rubricor and Judge: shapes, warm start and alternating optimisation."""
 
     backend: str = "local"  # local (two small models in memory) | engine (two LoRA adapters on the base below)
-    engine: ModelConfig = field(default_factory=lambda: ModelConfig("reward", "world:rubricor", adapters=2))  # the base
+    engine: ModelConfig = field(default_factory=lambda: ModelConfig("reward", "", adapters=2))  # path empty: lora.base
     adapters: str = ""  # directory of adapters to start from (engine); empty: the run's warm start, else new ones
     publish_every: int = 1  # updates between the versions of an adapter that the engine is given
     rubric_tokens: int = 512  # most tokens of a rubric (engine)
@@ -181,7 +181,7 @@ class LoraConfig:
 
 @dataclass
 class WarmStartConfig:
-    """Rubrics by a strong LLM, from which Rubricor and Judge learn before the alternation (python -m jobs.warm_start)."""
+    """Rubrics by a strong LLM, from which Rubricor and Judge learn before the alternation (jobs.warm_start)."""
 
     writer: str = "large"  # the strong LLM: a model of the pool by name; empty: the engine below
     engine: ModelConfig = field(default_factory=lambda: ModelConfig("writer", "world:large"))  # a model of its own

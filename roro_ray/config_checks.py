@@ -243,7 +243,28 @@ def _check_lora(lora: LoraConfig) -> None:
         )
 
 
+def _check_reward(settings: Config) -> None:
+    base, engine = settings.lora.base, settings.reward.engine
+    if settings.reward.backend != "engine":
+        return
+    if not base:
+        raise ConfigError(
+            "reward.backend=engine and lora.base is empty: name the base on which Rubricor and Judge are adapters."
+        )
+    if engine.path not in ("", base):
+        raise ConfigError(
+            f"reward.engine.path={engine.path} and lora.base={base} contradict each other: adapters that are learned on "
+            "one base fit no other. Leave reward.engine.path empty."
+        )
+    if engine.adapters < 2:
+        raise ConfigError(
+            f"reward.engine.adapters={engine.adapters}: expected at least 2 with reward.backend=engine, since Rubricor "
+            "and Judge are two adapters of one engine."
+        )
+
+
 def _check_relations(settings: Config) -> None:
+    _check_reward(settings)
     if len(settings.pool.models) < 2:
         raise ConfigError(
             f"pool.models has {len(settings.pool.models)} model(s), expected at least 2, cheap to dear: "
@@ -291,6 +312,12 @@ def warn_ignored(settings: Config, explicit: Collection[str]) -> None:
         *(
             (settings.reward.rubric_source != "learned", key, f"reward.rubric_source={settings.reward.rubric_source}")
             for key in ("reward.rounds", "reward.judge_updates", "reward.rubricor_updates")
+        ),
+        *(
+            (settings.reward.backend == "local", key, "reward.backend=local")
+            for key in sorted(explicit)
+            if key.startswith("reward.engine.")
+            or key in ("reward.adapters", "reward.judge_tokens", "reward.judge_rows", "reward.rubric_tokens")
         ),
         *(
             (not settings.lora.base, key, "lora.base is empty: no adapters are trained")

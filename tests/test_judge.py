@@ -11,8 +11,8 @@ import torch
 from simulated import make_trajectory
 
 from roro_ray.engines.protocol import ChoiceScores
-from roro_ray.reward.generic import make_rubric_of
 from roro_ray.reward.engine_judge import EngineJudge
+from roro_ray.reward.generic import make_rubric_of
 from roro_ray.reward.judge import Judge, make_judge_batch, make_verdict
 from roro_ray.reward.judge_text import make_question, neutralise, serialise
 from roro_ray.reward.rubric import make_criterion, make_overall_criterion, make_step_criterion
