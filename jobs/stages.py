@@ -81,6 +81,10 @@ def collect_stage(config: Config, run: RunDir, pool: RolloutPool) -> None:
 
         result = collect(config, run.trajectories, run_specs, move)
         facts.update(trajectories=result.trajectories, made=result.made, failed=result.failed)
+        if result.first_unscored:
+            say(f"  {result.unscored} answers could not be checked; the first: {result.first_unscored}")
+            event = {"event": "unscored", "stage": "collect", "message": result.first_unscored}
+            run.log({**event, "count": result.unscored})
         if result.first_error:
             say(f"  {result.failed} rollouts failed and are left out; the first: {result.first_error}")
             run.log({"event": "failure", "stage": "collect", "message": result.first_error, "count": result.failed})

@@ -34,12 +34,17 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class CollectionFacts:
-    """What a collection did: trajectories now on disk, of these made by this call, rollouts that failed, and why."""
+    """What a collection did: trajectories now on disk, of these made by this call, rollouts that failed, and why.
+
+    `unscored` counts the trajectories made now whose answer could not be checked, `first_unscored` says why.
+    """
 
     trajectories: int
     made: int
     failed: int
     first_error: str | None
+    unscored: int = 0
+    first_unscored: str | None = None
 
 
 def training_queries(config: Config) -> list[Query]:
@@ -78,7 +83,7 @@ def collect(
     finished = finished_shards(directory)
     shards = plan_shards(config)
     over = sum(len(shard.specs) for shard in shards if shard.name in finished)
-    total, made, failures = sum(finished.values()), 0, list[EpisodeFailure]()
+    total, made, failures, unscored = sum(finished.values()), 0, list[EpisodeFailure](), list[str]()
     on_progress(over)
     for shard in shards:
         if shard.name in finished:
@@ -87,9 +92,11 @@ def collect(
         save_trajectories(directory / f"{shard.name}.parquet", trajectories)
         made += len(trajectories)
         failures += failed
+        unscored += [f"{t.id}: {t.error or 'no gold answer'}" for t in trajectories if t.correct is None]
         over += len(shard.specs)
         on_progress(over)
-    return CollectionFacts(total + made, made, len(failures), failures[0].error if failures else None)
+    first_error, first_unscored = failures[0].error if failures else None, unscored[0] if unscored else None
+    return CollectionFacts(total + made, made, len(failures), first_error, len(unscored), first_unscored)
 
 
 def _query_specs(query: Query, config: Config) -> list[EpisodeSpec]:

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from roro_ray.config import Config
+from roro_ray.data.scoring import AnswerScorer
 from roro_ray.engines.pool import EnginePool, make_pool
 from roro_ray.evaluation.methods import Outcome
 from roro_ray.evaluation.oracle import OracleResult, run_oracle
@@ -29,7 +30,8 @@ class LocalHost:
     def __init__(self, config: Config, pool: EnginePool | None = None) -> None:
         self.config = config
         self.pool = pool or make_pool(config.pool)
-        self._runner = Runner(self.pool, None, config.episode, config.ray.concurrency)
+        self._scorer = AnswerScorer.from_config(config.data)
+        self._runner = Runner(self.pool, None, config.episode, config.ray.concurrency, self._scorer)
         # Engines gather requests on the loop that they first ran on, so all calls share one.
         self._loop = asyncio.Runner()
 
@@ -37,6 +39,7 @@ class LocalHost:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._scorer.close()
         self._loop.close()
 
     def run(self, specs: Sequence[EpisodeSpec]) -> list[Outcome]:
@@ -56,6 +59,12 @@ class LocalHost:
         """Search the queries' fewest dear steps."""
         return self._loop.run(
             run_oracle(
-                queries, self.pool, self.config.episode, self.config.seed, concurrency=self.config.ray.concurrency
+                queries,
+                self.pool,
+                self.config.episode,
+                self.config.seed,
+                self.config.evaluate.oracle_steps,
+                self.config.ray.concurrency,
+                self._scorer,
             )
         )
