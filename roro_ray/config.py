@@ -121,7 +121,6 @@ class RewardConfig:
 
     backend: str = "local"  # local (two small models in memory) | engine (two LoRA adapters on the base below)
     engine: ModelConfig = field(default_factory=lambda: ModelConfig("reward", "", adapters=2))  # path empty: lora.base
-    adapters: str = ""  # directory of adapters to start from (engine); empty: the run's warm start, else new ones
     publish_every: int = 1  # updates between the versions of an adapter that the engine is given
     rubric_tokens: int = 512  # most tokens of a rubric (engine)
     judge_tokens: int = 0  # most tokens that the Judge reads at once (engine); 0: as many as the base has positions

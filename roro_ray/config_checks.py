@@ -253,7 +253,7 @@ def _check_reward(settings: Config) -> None:
         )
     if engine.path not in ("", base):
         raise ConfigError(
-            f"reward.engine.path={engine.path} and lora.base={base} contradict each other: adapters that are learned on "
+            f"reward.engine.path={engine.path} and lora.base={base} contradict each other: adapters learned on "
             "one base fit no other. Leave reward.engine.path empty."
         )
     if engine.adapters < 2:
@@ -317,7 +317,7 @@ def warn_ignored(settings: Config, explicit: Collection[str]) -> None:
             (settings.reward.backend == "local", key, "reward.backend=local")
             for key in sorted(explicit)
             if key.startswith("reward.engine.")
-            or key in ("reward.adapters", "reward.judge_tokens", "reward.judge_rows", "reward.rubric_tokens")
+            or key in ("reward.publish_every", "reward.judge_tokens", "reward.judge_rows", "reward.rubric_tokens")
         ),
         *(
             (not settings.lora.base, key, "lora.base is empty: no adapters are trained")
