@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from roro_ray.config import Config
+from roro_ray.estimate.describe import describe_estimate
 
 
 def describe_plan(config: Config) -> str:
@@ -15,14 +16,20 @@ def describe_plan(config: Config) -> str:
             f"models       {' < '.join(f'{m.name} ({m.path}, {m.engine}, {m.device})' for m in config.pool.models)}",
             *_resource_lines(config),
             *_stage_lines(config),
+            *describe_estimate(config),
         ]
     )
 
 
 def count_collected(config: Config) -> int:
     """Trajectories that stage 1 collects."""
-    queries = len(config.data.suites) * config.data.train_queries
+    queries = count_train_suites(config) * config.data.train_queries
     return queries * len(config.collect.strategies) * config.collect.rollouts
+
+
+def count_train_suites(config: Config) -> int:
+    """Suites of the training stages."""
+    return len(config.data.train_suites or config.data.suites)
 
 
 def count_episodes(config: Config) -> int:
@@ -40,11 +47,13 @@ def _resource_lines(config: Config) -> list[str]:
     ray, router = config.ray, config.router
     rollouts = ray.workers * ray.worker_cpus
     learner = router.workers * ray.learner_cpus
+    engines = len(config.pool.models) * ray.engine_cpus if config.pool.placement == "actors" else 0.0
+    total = rollouts + learner + engines + ray.reward_cpus
     devices = sorted({model.device for model in config.pool.models})
     placement = "inside each worker" if config.pool.placement == "colocated" else "one actor per model"
     return [
-        f"resources    {rollouts + learner + ray.reward_cpus:g} logical CPUs: {ray.workers} rollout workers x "
-        f"{ray.worker_cpus:g}, {router.workers} learner(s) x {ray.learner_cpus:g}, reward service {ray.reward_cpus:g}",
+        f"resources    {total:g} logical CPUs: {ray.workers} rollout workers x {ray.worker_cpus:g}, {router.workers} "
+        f"learner(s) x {ray.learner_cpus:g}, reward service {ray.reward_cpus:g}",
         f"             engines {placement}, on {', '.join(devices)}; object store {ray.object_store_mb} MB where Ray "
         f"is started here; this machine has {os.cpu_count()} cores",
     ]
@@ -52,14 +61,14 @@ def _resource_lines(config: Config) -> list[str]:
 
 def _stage_lines(config: Config) -> list[str]:
     data, router, reward = config.data, config.router, config.reward
-    suites = len(data.suites)
-    queries = suites * data.train_queries
+    suites, trained = len(data.suites), count_train_suites(config)
+    queries = trained * data.train_queries
     per_query = len(config.collect.strategies) * config.collect.rollouts
     batch = router.queries * router.group_size
-    shards = suites * -(-data.train_queries // config.collect.shard_queries)
+    shards = trained * -(-data.train_queries // config.collect.shard_queries)
     folds = config.pairs.folds
     return [
-        f"collect      {count_collected(config)} trajectories: {queries} queries ({suites} suites x "
+        f"collect      {count_collected(config)} trajectories: {queries} queries ({trained} suites x "
         f"{data.train_queries}) x {per_query} ({len(config.collect.strategies)} strategies x "
         f"{config.collect.rollouts}), in {shards} shards of up to {config.collect.shard_queries} queries",
         f"make_pairs   at most {3 * queries * config.pairs.max_per_query} pairs of 3 kinds, {folds} folds of about "
