@@ -62,18 +62,20 @@ async def complete_answer(service: RoutingService, asked: ChatRequest, facts: Re
     Raises:
         ApiError: as `RoutingService.answer`.
     """
-    texts: dict[int, str] = {}
+    ended: dict[int, EndEvent] = {}
     steps = []
     async with service.answer(asked, facts) as answer:
         async for events in answer.events:
             for event in events:
                 if isinstance(event, EndEvent):
-                    texts[event.choice] = event.text
+                    ended[event.choice] = event
                 elif isinstance(event, StepEvent):
                     steps.append(event.trace)
         steps.sort(key=lambda step: (step.choice, step.index))
         summary = service.summarise(answer, tuple(steps) if asked.routing.trace else None)
-        choices = [ChoiceResult(i, texts[i], answer.trajectories[i].end) for i in sorted(texts)]
+        choices = [
+            ChoiceResult(i, end.text, answer.trajectories[i].end, end.thoughts) for i, end in sorted(ended.items())
+        ]
         return make_completion(_make_head(service, answer), choices, _usage(answer), summary)
 
 
@@ -135,7 +137,7 @@ async def stream_answer(service: RoutingService, answer: Answer) -> AsyncIterato
 
 def _make_chunks(made: ChunkMaker, event: Event, asked: ChatRequest) -> list[dict[str, Any]]:
     if isinstance(event, TextEvent):
-        return [made.text(event.choice, event.text)]
+        return [made.text(event.choice, event.text, event.thinking)]
     if isinstance(event, EndEvent):
         return [made.finish(event.choice, event.trajectory.end)]
     if not asked.routing.trace:

@@ -133,7 +133,8 @@ async def _explain(service: RoutingService, asked: ExplainRequest, facts: Reques
 async def _ask(
     service: RoutingService, facts: RouterFacts, text: str, steps: Sequence[Step], weight: float, pool: EnginePool
 ) -> Opinion:
-    reading = RouterReading((text, *(step.text for step in steps)), make_features(steps, weight, pool.size))
+    features = make_features(steps, weight, pool.size, max_steps=service.options.episode.max_steps)
+    reading = RouterReading((text, *(step.text for step in steps)), features)
     assert len(reading.features) == len(FEATURE_NAMES)
     return await service.backend.routers.judge_reading(facts.version, reading, "explain")
 

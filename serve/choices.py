@@ -19,10 +19,11 @@ from serve.responses import StepStart, StepTrace, StopFilter
 
 @dataclass(frozen=True, slots=True)
 class TextEvent:
-    """More text of a choice."""
+    """More text of a choice: of its answer, or of the thinking before it."""
 
     choice: int
     text: str
+    thinking: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +42,12 @@ class StepEvent:
 
 @dataclass(frozen=True, slots=True)
 class EndEvent:
-    """A choice has ended; `text` is all that the client gets of it."""
+    """A choice has ended; `text` is all that the client gets of its answer, `thoughts` of what stood before it."""
 
     choice: int
     trajectory: Trajectory
     text: str
+    thoughts: str | None = None
 
 
 Event = TextEvent | StartEvent | StepEvent | EndEvent
@@ -59,6 +61,7 @@ class ChoiceWatcher:
         names: of the pool's models.
         stop: strings at which the answer ends.
         live: whether the client wants the text as it is made.
+        thinks: whether the steps are thoughts, behind which the answer stands.
     """
 
     choice: int
@@ -66,14 +69,18 @@ class ChoiceWatcher:
     emit: Callable[[Event], None]
     stop: tuple[str, ...] = ()
     live: bool = True
+    thinks: bool = False
     on_step_done: Callable[[str, Step, float], None] = lambda model, step, seconds: None
     first_text_at: float | None = None
     text: str = ""
+    thoughts: str = ""
     _filter: StopFilter = field(init=False)
+    _thinking: bool = field(init=False)
     _joined: int = 0  # steps whose delimiter has gone out
 
     def __post_init__(self) -> None:
         self._filter = StopFilter(self.stop)
+        self._thinking = self.thinks
 
     @property
     def wants_text(self) -> bool:
@@ -98,7 +105,13 @@ class ChoiceWatcher:
         if index > self._joined:
             self._joined = index
             text = STEP_DELIMITER + text
-        self._say(self._filter.feed(text))
+        # Stop strings are the answer's: a thought that mentions one ends nothing.
+        self._say(text if self._thinking else self._filter.feed(text))
+
+    def on_close(self, index: int) -> None:
+        """What follows is the answer."""
+        self._thinking = False
+        self._joined = index
 
     def on_step(self, index: int, step: Step, seconds: float) -> None:
         """Tell what the step was."""
@@ -133,14 +146,17 @@ class ChoiceWatcher:
     def finish(self, trajectory: Trajectory) -> None:
         """Tell the rest of the text and that the choice has ended."""
         self._say(self._filter.flush())
-        self.emit(EndEvent(self.choice, trajectory, self.text))
+        self.emit(EndEvent(self.choice, trajectory, self.text, self.thoughts if self.thinks else None))
 
     def _say(self, text: str) -> None:
         if text:
             if self.first_text_at is None:
                 self.first_text_at = time.perf_counter()
-            self.text += text
-            self.emit(TextEvent(self.choice, text))
+            if self._thinking:
+                self.thoughts += text
+            else:
+                self.text += text
+            self.emit(TextEvent(self.choice, text, self._thinking))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from typing import Any
 Schema = dict[str, Any]
 
 _TEXT: Schema = {"type": "string"}
+_THOUGHTS: Schema = {"type": "string", "description": "What a thinking model wrote before its answer."}
 _COUNT: Schema = {"type": "integer", "minimum": 0}
 _NUMBER: Schema = {"type": "number"}
 _MAYBE_NUMBER: Schema = {"type": ["number", "null"]}
@@ -70,6 +71,7 @@ def explain_responses() -> dict[int | str, Schema]:
 def completion_schema() -> Schema:
     """A chat.completion with its routing."""
     message = _object({"role": {"const": "assistant"}, "content": _TEXT, "refusal": {"type": "null"}})
+    message["properties"]["reasoning_content"] = _THOUGHTS  # of models that think only
     choice = {"index": _COUNT, "message": message, "logprobs": {"type": "null"}, "finish_reason": _FINISH}
     return _object(
         {
@@ -83,7 +85,10 @@ def completion_schema() -> Schema:
 
 def chunk_schema() -> Schema:
     """A chat.completion.chunk; `usage` and `routing` only where they were asked for."""
-    delta = {"type": "object", "properties": {"role": {"const": "assistant"}, "content": _TEXT}}
+    delta = {
+        "type": "object",
+        "properties": {"role": {"const": "assistant"}, "content": _TEXT, "reasoning_content": _THOUGHTS},
+    }
     finish = {"enum": ["stop", "length", None]}
     choice = _object({"index": _COUNT, "delta": delta, "logprobs": {"type": "null"}, "finish_reason": finish})
     schema = _object({**_head("chat.completion.chunk"), "choices": {"type": "array", "items": choice}})

@@ -74,11 +74,15 @@ class StepTrace:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceResult:
-    """One finished choice: its content and why the trajectory ended (`Trajectory.end`)."""
+    """One finished choice: its content and why the trajectory ended (`Trajectory.end`).
+
+    `reasoning` is what stood before the answer, None for models that answer without a thinking block.
+    """
 
     index: int
     content: str
     end: str
+    reasoning: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,9 +185,9 @@ class ChunkMaker:
         """The first chunk of a choice."""
         return self._chunk([_make_delta(choice, {"role": "assistant", "content": ""})])
 
-    def text(self, choice: int, text: str) -> dict[str, Any]:
-        """More content."""
-        return self._chunk([_make_delta(choice, {"content": text})])
+    def text(self, choice: int, text: str, thinking: bool = False) -> dict[str, Any]:
+        """More content, or more of the thinking before it (`reasoning_content`, as other servers call it)."""
+        return self._chunk([_make_delta(choice, {"reasoning_content" if thinking else "content": text})])
 
     def step_start(self, step: StepStart) -> dict[str, Any]:
         """Before a step's text, for clients that ask for the trace."""
@@ -235,9 +239,12 @@ def _make_head(head: Head, kind: str) -> dict[str, Any]:
 
 
 def _make_choice(choice: ChoiceResult) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": choice.content, "refusal": None}
+    if choice.reasoning is not None:
+        message["reasoning_content"] = choice.reasoning
     return {
         "index": choice.index,
-        "message": {"role": "assistant", "content": choice.content, "refusal": None},
+        "message": message,
         "logprobs": None,
         "finish_reason": finish_reason(choice.end),
     }

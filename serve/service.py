@@ -209,8 +209,8 @@ class RoutingService:
 
         async def run_choice(choice: int) -> None:
             job = self._make_job(answer, text, choice, seed)
-            names = job.pool.names
-            watcher = ChoiceWatcher(choice, names, emit, request.stop, request.stream, count)
+            names, thinks = job.pool.names, job.pool.facts[0].format.thinks
+            watcher = ChoiceWatcher(choice, names, emit, request.stop, request.stream, thinks, count)
             try:
                 trajectory = await job.run(watcher)
             finally:
@@ -238,9 +238,9 @@ class RoutingService:
         spec = EpisodeSpec(id, query, "served", mix_seed(seed, choice), route.cost_weight)
         session = answer.facts.request_id
         policy = route.make_policy(self.backend.routers, session, self._observe_decision)
-        most = min(request.max_tokens, self.options.episode.max_tokens)
-        episode = replace(self.options.episode, max_tokens=most, temperature=request.temperature)
-        return ChoiceJob(spec, self.backend.pool(session), policy, episode, request.top_p)
+        pool = self.backend.pool(session)
+        episode = replace(limit_tokens(self.options.episode, request.max_tokens, pool), temperature=request.temperature)
+        return ChoiceJob(spec, pool, policy, episode, request.top_p)
 
     def _observe_decision(self, seconds: float) -> None:
         self.metrics.observe_decision(1000 * seconds)
@@ -257,7 +257,7 @@ class RoutingService:
         steps = [step for trajectory in trajectories for step in trajectory.steps]
         counts = {name: sum(step.model == index for step in steps) for index, name in enumerate(pool.names)}
         top = max(pool.size - 1, 1)
-        flops = sum(step.usage.flops for step in steps)
+        flops = sum(trajectory.usage.flops for trajectory in trajectories)
         large_only = sum(estimate_large_only(trajectory, pool) for trajectory in trajectories)
         answer.facts.flops_large_only = large_only
         answer.facts.ends = tuple(trajectory.end for trajectory in trajectories)
@@ -275,6 +275,18 @@ class RoutingService:
         )
 
 
+def limit_tokens(episode: EpisodeConfig, most: int, pool: EnginePool) -> EpisodeConfig:
+    """The episode's limits for a client who wants at most so many tokens.
+
+    Of models that think, a quarter is kept for the answer (or less, if the settings allow it less): a client who asks
+    for little shall not get thoughts alone.
+    """
+    if not pool.facts[0].format.thinks:
+        return replace(episode, max_tokens=min(most, episode.max_tokens))
+    answer = min(episode.max_answer_tokens, max(most // 4, 1))
+    return replace(episode, max_tokens=max(min(most - answer, episode.max_tokens), 1), max_answer_tokens=answer)
+
+
 def estimate_large_only(trajectory: Trajectory, pool: EnginePool) -> float:
     """FLOPs that the dearest model would have taken to read this prompt and to write this very text.
 
@@ -286,6 +298,8 @@ def estimate_large_only(trajectory: Trajectory, pool: EnginePool) -> float:
     # Each model that touched the first step read the same prompt.
     readers = 2 if first.discarded else 1
     tokens = first.usage.tokens_in / readers + sum(step.tokens for step in trajectory.steps)
+    if trajectory.conclusion is not None:
+        tokens += trajectory.conclusion.tokens
     return pool.facts[-1].flops_per_token * tokens
 
 

@@ -147,6 +147,7 @@ async def _conclude(
     writer = StepWriter(pool, ledger, config.temperature, seed, page, config.max_answer_tokens, index, options)
     decision = choose_model(model, pool.size)
     if options.watcher is not None:
+        options.watcher.on_close(index)
         options.watcher.on_decision(index, decision, False)
     step, _ = await writer.write(decision)
     if options.watcher is not None:
@@ -217,7 +218,12 @@ async def _make_trajectory(
 ) -> Trajectory:
     if conclusion is not None:
         score = await score_text(conclusion.text, spec.query, scorer)
-        end = "answer" if score.answer is not None else "stop" if end == "thought" else end
+        if conclusion.finish == "length":
+            end = "token_limit"
+        elif score.answer is not None:
+            end = "answer"
+        elif end == "thought":
+            end = "stop"
     else:
         score = await score_text(steps[-1].text if end == "answer" else None, spec.query, scorer)
     written = (*steps, conclusion) if conclusion is not None else steps

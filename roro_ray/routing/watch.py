@@ -33,6 +33,10 @@ class EpisodeWatcher(Protocol):
         """More text of step `index`; what was told once is never taken back."""
         ...
 
+    def on_close(self, index: int) -> None:
+        """The thinking block is closed: what is written as `index` is the final answer behind it, and no routed step."""
+        ...
+
     def on_step(self, index: int, step: Step, seconds: float) -> None:
         """Step `index` is finished, `seconds` after the one before; its text was told to its end."""
         ...
