@@ -210,15 +210,11 @@ def evaluate_stage(
 
 def make_query_sets(config: Config) -> QuerySets:
     """The validation and the test queries, all suites."""
+    from roro_ray.data.sources import make_stage_queries
     from roro_ray.evaluation.sweeps import QuerySets
-    from roro_ray.world.tasks import make_queries
 
-    data = config.data
-    validation, test = (
-        tuple(query for suite in data.suites for query in make_queries(suite, split, count, data.seed))
-        for split, count in (("validation", data.validation_queries), ("test", data.test_queries))
-    )
-    return QuerySets(validation, test)
+    validation = make_stage_queries(config, "validation", config.data.validation_queries)
+    return QuerySets(tuple(validation), tuple(make_stage_queries(config, "test", config.data.test_queries)))
 
 
 def _make_inputs(config: Config, run: RunDir, extra: dict[str, Path]) -> Any:

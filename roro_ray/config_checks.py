@@ -12,9 +12,9 @@ from functools import reduce
 from typing import Any
 
 from roro_ray.config import Config, LoraConfig
+from roro_ray.data.sources import check_data
 from roro_ray.errors import ConfigError, did_you_mean
 from roro_ray.types import PairKind, Peek
-from roro_ray.world.tasks import SUITES
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "pool.placement": ("colocated", "actors"),
@@ -193,11 +193,8 @@ def _check_choice(key: str, got: str, allowed: Collection[str]) -> None:
 
 
 def _check_lists(settings: Config) -> None:
-    if not settings.data.suites:
-        raise ConfigError(f"data.suites is empty: name at least one of {', '.join(SUITES)}.")
-    for suite in settings.data.suites:
-        _check_choice("data.suites", suite, SUITES)
-    for key in ("data.suites", "collect.strategies"):
+    check_data(settings.data)
+    for key in ("data.suites", "data.train_suites", "collect.strategies"):
         values = get_setting(settings, key)
         repeated = sorted({value for value in values if values.count(value) > 1})
         if repeated:
@@ -278,7 +275,7 @@ def _check_relations(settings: Config) -> None:
             "small updates of 16-bit weights are lost to rounding. Train an adapter (router.encoder_rank=16) or keep "
             "float32."
         )
-    drawn = len(settings.data.suites) * settings.data.router_queries
+    drawn = len(settings.data.train_suites or settings.data.suites) * settings.data.router_queries
     if settings.router.queries > drawn:
         raise ConfigError(
             f"router.queries={settings.router.queries} and data.router_queries={settings.data.router_queries} "

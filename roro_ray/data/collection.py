@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from roro_ray.config import Config
+from roro_ray.data.sources import make_queries_of, make_stage_queries, suite_names
 from roro_ray.data.store import finished_shards, remove_leftovers, save_trajectories
 from roro_ray.errors import EngineError
 from roro_ray.routing.episode import EpisodeFailure, EpisodeSpec
 from roro_ray.types import Query, Trajectory
-from roro_ray.world.tasks import make_queries
 
 RunSpecs = Callable[[Sequence[EpisodeSpec]], list[Trajectory | EpisodeFailure]]
 # Above this share of failed rollouts in a shard something is broken, and a shard with holes would hide it.
@@ -49,16 +49,15 @@ class CollectionFacts:
 
 def training_queries(config: Config) -> list[Query]:
     """The queries of collection and reward learning, all suites."""
-    data = config.data
-    return [query for suite in data.suites for query in make_queries(suite, "train", data.train_queries, data.seed)]
+    return make_stage_queries(config, "train", config.data.train_queries)
 
 
 def plan_shards(config: Config) -> list[Shard]:
     """Every shard of the collection, in order."""
     data, size = config.data, config.collect.shard_queries
     shards = []
-    for suite in data.suites:
-        queries = make_queries(suite, "train", data.train_queries, data.seed)
+    for suite in suite_names(data, "train"):
+        queries = make_queries_of(data, suite, "train", data.train_queries)
         for number, start in enumerate(range(0, len(queries), size)):
             specs = [spec for query in queries[start : start + size] for spec in _query_specs(query, config)]
             shards.append(Shard(f"{suite}-{number:05d}", tuple(specs)))

@@ -28,14 +28,12 @@ from typing import Any
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
 from roro_ray.data.grader_pool import READY, Grade, Task
+from roro_ray.data.verify import split_items, strip_dollars
 
 _IN_BOX = (LatexExtractionConfig(boxed_match_priority=0),)
 _IN_TEXT = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
 _BASE = re.compile(r"_\{?(\d+)\}?\s*$")
 _WITH_UNIT = re.compile(r"([-+]?[\d.,]*\d)\s*(?:[A-Za-z]{3,}|cm|mm|km|kg|ft|in|hr?s?|%)[A-Za-z /^\d.]*")
-_BETWEEN = re.compile(r"\\(?:text|mathrm|mbox)\s*\{\s*(?:and|or)\s*\}|(?<=[\s\d}])(?:and|or)(?=[\s\d\\])")
-_DOLLAR = re.compile(r"(?<!\\)\$")
-_THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,(?:\\!)?\s?\d{3})+(?:\.\d+)?")
 # How much of a text without a box is searched for an answer, from its end.
 _TAIL = 2000
 # Seconds beyond the owner's limit after which the kernel ends a check whose owner is gone.
@@ -69,22 +67,8 @@ def grade(task: Task) -> Grade:
     return Grade(right, shown)
 
 
-def split_items(text: str) -> list[str]:
-    """The items of a list at the commas outside all brackets; one item where the commas part thousands."""
-    text = _BETWEEN.sub(",", _strip_braces(_DOLLAR.sub("", text)))
-    if _THOUSANDS.fullmatch(text.strip()):
-        return [text]
-    items, depth, start = [], 0, 0
-    for index, sign in enumerate(text):
-        depth += (sign in "([{") - (sign in ")]}")
-        if sign == "," and depth == 0 and text[index - 1 : index] != "\\" and text[index + 1 : index + 3] != "\\!":
-            items.append(text[start:index])
-            start = index + 1
-    return [item.strip() for item in (*items, text[start:]) if item.strip()]
-
-
 def _is_right(answer: str, gold_text: str, gold: Sequence[Any], items: Sequence[str], tolerance: float) -> bool:
-    given = _BETWEEN.sub(",", _DOLLAR.sub("", answer).replace("\n", " "))
+    given = strip_dollars(answer).replace("\n", " ")
     bases = [_BASE.search(text) for text in (gold_text, given)]
     if bases[0] and bases[1] and bases[0][1] != bases[1][1]:
         return False
@@ -137,7 +121,7 @@ def _is_near(gold: Any, given: Any, tolerance: float) -> bool:
 @functools.lru_cache(maxsize=256)
 def _read_gold(text: str) -> tuple[Any, ...]:
     """The gold answer's expressions; its right-hand side where only that can be read; () where nothing can."""
-    plain = _DOLLAR.sub("", text)
+    plain = strip_dollars(text)
     for part in dict.fromkeys((plain, plain.rpartition("=")[2])):
         for form in _forms(part):
             found = _read(form)
@@ -153,12 +137,6 @@ def _read(formula: str) -> tuple[Any, ...]:
 
 def _parse(text: str, config: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(parse(text, list(config), parsing_timeout=None))
-
-
-def _strip_braces(text: str) -> str:
-    """A list without the braces of a set round all of it."""
-    inner = re.fullmatch(r"\s*(?:\\left)?\\\{(.*?)(?:\\right)?\\\}\s*", text, flags=re.DOTALL)
-    return inner[1] if inner and "\\{" not in inner[1] else text
 
 
 def main() -> None:

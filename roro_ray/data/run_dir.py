@@ -25,9 +25,10 @@ from roro_ray.errors import ConfigError, DataError
 from roro_ray.settings import changed_keys, load_saved_config, save_config
 
 STAGES = ("collect", "make_pairs", "learn_reward", "train_router", "evaluate")
+_SUITE_KEYS = ("data.suites", "data.train_suites", "data.sources", "data.split_shares")
 # The settings that shape each stage's output; `ray`, `wandb` and `run_dir` never do.
 STAGE_KEYS: dict[str, tuple[str, ...]] = {
-    "collect": ("seed", "pool.models", "data.suites", "data.train_queries", "data.seed", "episode.", "collect."),
+    "collect": ("seed", "pool.models", *_SUITE_KEYS, "data.train_queries", "data.seed", "episode.", "collect."),
     "make_pairs": ("pairs.",),
     "learn_reward": ("reward.",),
     "train_router": ("router.", "data.router_queries"),

@@ -25,6 +25,9 @@ _LAST_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 # Python itself refuses to convert more than 4,300 digits.
 _MOST_DIGITS = 1000
 _SPACING = re.compile(r"\\[!,;:]|\{,\}|\\left\b|\\right\b")
+_BETWEEN = re.compile(r"\\(?:text|mathrm|mbox)\s*\{\s*(?:and|or)\s*\}|(?<=[\s\d}])(?:and|or)(?=[\s\d\\])")
+_DOLLAR = re.compile(r"(?<!\\)\$")
+_THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,(?:\\!)?\s?\d{3})+(?:\.\d+)?")
 _WORDS = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 
 
@@ -109,6 +112,25 @@ def compare_plainly(answer: str, gold: str) -> bool | None:
     return None
 
 
+def strip_dollars(formula: str) -> str:
+    """A formula without the signs that open and close mathematics, and with commas for `and` and `or`."""
+    return _BETWEEN.sub(",", _DOLLAR.sub("", formula))
+
+
+def split_items(text: str) -> list[str]:
+    """The items of a list at the commas outside all brackets; one item where the commas part thousands."""
+    text = _strip_braces(strip_dollars(text))
+    if _THOUSANDS.fullmatch(text.strip()):
+        return [text]
+    items, depth, start = [], 0, 0
+    for index, sign in enumerate(text):
+        depth += (sign in "([{") - (sign in ")]}")
+        if sign == "," and depth == 0 and text[index - 1 : index] != "\\" and text[index + 1 : index + 3] != "\\!":
+            items.append(text[start:index])
+            start = index + 1
+    return [item.strip() for item in (*items, text[start:]) if item.strip()]
+
+
 def _last_box(text: str) -> str | None:
     boxes = read_boxes(text)
     return boxes[-1] if boxes else None
@@ -131,3 +153,9 @@ def _unwrap(text: str) -> str:
 
 def _normalise(text: str) -> str:
     return " ".join(text.replace("$", "").strip().rstrip(".").split()).casefold()
+
+
+def _strip_braces(text: str) -> str:
+    """A list without the braces of a set round all of it."""
+    inner = re.fullmatch(r"\s*(?:\\left)?\\\{(.*?)(?:\\right)?\\\}\s*", text, flags=re.DOTALL)
+    return inner[1] if inner and "\\{" not in inner[1] else text

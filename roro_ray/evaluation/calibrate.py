@@ -20,6 +20,7 @@ import numpy as np
 
 from roro_ray.config import Config
 from roro_ray.data.run_dir import read_json, write_json
+from roro_ray.data.sources import describe_sources, make_stage_queries
 from roro_ray.engines.protocol import EngineFacts
 from roro_ray.errors import CalibrationError, DataError, EngineError
 from roro_ray.evaluation.bootstrap import Floats, interval, make_resamples, point
@@ -28,7 +29,6 @@ from roro_ray.evaluation.methods import Host, Setting, fixed_setting, score_sett
 from roro_ray.evaluation.metrics import Scores, measure_difference, measure_setting
 from roro_ray.routing.router import load_version
 from roro_ray.types import Query
-from roro_ray.world.tasks import make_queries
 
 _PARTIAL = "calibration.partial.json"
 _SMALL, _LARGE = "small", "large"
@@ -42,12 +42,7 @@ def calibration_queries(config: Config) -> list[Query]:
     The split keeps them apart from training and test, their place in the stream from the queries on which thresholds,
     operating points and trainings are chosen.
     """
-    data, count = config.data, config.calibrate.queries
-    return [
-        query
-        for suite in data.suites
-        for query in make_queries(suite, "validation", data.validation_queries + count, data.seed)[-count:]
-    ]
+    return make_stage_queries(config, "validation", config.calibrate.queries, offset=config.data.validation_queries)
 
 
 def make_settings(config: Config) -> list[Setting]:
@@ -182,7 +177,7 @@ def _digest_rollouts(config: Config, router: Path, facts: Sequence[EngineFacts])
         [engine.fingerprint for engine in facts],
         digest_router(router),
         load_version(router),
-        config.data.suites,
+        [config.data.suites, sources] if (sources := describe_sources(config.data)) else config.data.suites,
         [config.data.seed, config.data.validation_queries, config.calibrate.queries, config.seed],
         episode,
     )

@@ -20,6 +20,7 @@ import torch
 
 from roro_ray.config import Config
 from roro_ray.data.files import write_whole
+from roro_ray.data.sources import describe_sources, make_stage_queries
 from roro_ray.errors import CheckpointError
 from roro_ray.learning.checkpoints import (
     check_settings,
@@ -86,6 +87,7 @@ def fix_settings(config: Config) -> dict[str, Any]:
     settings["seed"] = config.seed
     settings |= {f"episode.{key}": value for key, value in asdict(config.episode).items() if key != "timeout_s"}
     settings |= {f"data.{key}": getattr(config.data, key) for key in ("suites", "router_queries", "seed")}
+    settings |= {f"data.{key}": value for key, value in describe_sources(config.data).items()}
     if config.router.beta:
         settings["reward.rubric_source"] = config.reward.rubric_source
     settings["pool.models"] = [model.path for model in config.pool.models]
@@ -94,11 +96,8 @@ def fix_settings(config: Config) -> dict[str, Any]:
 
 
 def make_train_queries(config: Config) -> list[Query]:
-    """The embedded world's training queries of every suite."""
-    from roro_ray.world.tasks import make_queries
-
-    data = config.data
-    return [q for suite in data.suites for q in make_queries(suite, "train", data.router_queries, data.seed)]
+    """The queries that router training draws from, all training suites."""
+    return make_stage_queries(config, "train", config.data.router_queries)
 
 
 def list_snapshots(directory: Path) -> dict[int, Path]:
