@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import threading
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +21,13 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from roro_ray.engines.hub import resolve_model_path, resolve_tokenizer_path
 from roro_ray.engines.kv import KVShape
+from roro_ray.engines.model_facts import BUILDING, count_active_parameters
 from roro_ray.errors import ConfigError, EngineError, did_you_mean
-from roro_ray.world.models import WEIGHTS_DIR
 
-WORLD_PREFIX = "world:"
-_LOADING = threading.Lock()
+__all__ = ["LoadedModel", "load_model", "load_tokenizer", "make_fingerprint", "resolve_model_path", "tokenizer_digest"]
+
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _HASHED_BYTES = 1 << 26  # of one file; beyond that its size and its beginning stand for it
 
@@ -36,7 +37,7 @@ class LoadedModel:
     """A model ready to decode, and what the decoder must know of it.
 
     `masks` maps each kind of attention layer to its window (None: unlimited); `max_positions` is None where the
-    model has no limit of its own.
+    model has no limit of its own; `active` are the parameters that one token passes through.
     """
 
     model: PreTrainedModel
@@ -47,37 +48,20 @@ class LoadedModel:
     masks: dict[str, int | None]
     max_positions: int | None
     parameters: int
+    active: int
     fingerprint: str
 
 
-def resolve_model_path(path: str) -> Path:
-    """The directory of a model: `world:NAME` is a shipped one, anything else a path.
-
-    Raises:
-        ConfigError: no shipped model has that name.
-    """
-    if not path.startswith(WORLD_PREFIX):
-        return Path(path).expanduser()
-    name = path.removeprefix(WORLD_PREFIX)
-    names = sorted(entry.parent.name for entry in WEIGHTS_DIR.glob("*/config.json"))
-    if name not in names:
-        raise ConfigError(
-            f"no shipped model {path!r}: expected one of {', '.join(WORLD_PREFIX + n for n in names) or '(none)'}"
-            f"{did_you_mean(path, [WORLD_PREFIX + n for n in names])}, or a directory in Hugging Face format; "
-            "`python -m roro_ray.world.train` makes the shipped ones again"
-        )
-    return WEIGHTS_DIR / name
-
-
-def load_model(path: str, device: str, dtype: str) -> LoadedModel:
+def load_model(path: str, device: str, dtype: str, revision: str = "") -> LoadedModel:
     """Load a causal language model from safetensors; no code from the directory is run.
 
     Raises:
         ConfigError: the dtype, the device or the shipped model's name is wrong.
-        EngineError: the directory is missing, incomplete, not in safetensors or of a kind that cannot be decoded.
+        EngineError: the directory is missing, incomplete, not in safetensors or of a kind that cannot be decoded; a
+            model of the hub cannot be fetched.
     """
-    directory = resolve_model_path(path)
     torch_dtype, torch_device = _read_dtype(dtype), _read_device(device)
+    directory = resolve_model_path(path, revision)
     _check_files(directory)
     tokenizer = _load_tokenizer(directory)
     model = _load_weights(directory, torch_dtype, torch_device)
@@ -99,8 +83,38 @@ def load_model(path: str, device: str, dtype: str) -> LoadedModel:
         masks=_read_masks(text_config, directory),
         max_positions=getattr(text_config, "max_position_embeddings", None),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        active=count_active_parameters(model),
         fingerprint=make_fingerprint(directory),
     )
+
+
+def load_tokenizer(path: str, revision: str = "") -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, without the model: of the hub's files the weights are not fetched.
+
+    Raises:
+        ConfigError: no shipped model has that name.
+        EngineError: there is no tokenizer, it does not load, or it cannot be fetched.
+    """
+    directory = resolve_tokenizer_path(path, revision)
+    _check_tokenizer_files(directory)
+    return _load_tokenizer(directory)
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of everything that turns text into ids and back: tokenizers of one digest may exchange ids.
+
+    Vocabulary, merges, normaliser, pre-tokenizer, decoder, added tokens, and what is put round a text count; limits of
+    length and padding do not, nor does what the tokenizer is called.
+    """
+    if tokenizer.is_fast:
+        told = json.loads(tokenizer.backend_tokenizer.to_str())
+        for setting in ("truncation", "padding"):
+            told.pop(setting, None)
+    else:
+        added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
+        told = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab(), "added": added}
+    text = json.dumps(told, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def make_fingerprint(directory: Path) -> str:
@@ -136,8 +150,8 @@ def _read_device(name: str) -> torch.device:
 def _check_files(directory: Path) -> None:
     if not directory.is_dir():
         raise EngineError(
-            f"no model directory {directory}: expected a directory in Hugging Face format; a model of the Hub is "
-            "fetched with `hf download NAME --local-dir DIR`"
+            f"no model directory {directory}: expected a directory in Hugging Face format, or OWNER/NAME for a model "
+            "of the hub; `hf download OWNER/NAME --local-dir DIR` makes a directory of one"
         )
     names = {file.name for file in directory.iterdir()}
     if "config.json" not in names:
@@ -147,9 +161,32 @@ def _check_files(directory: Path) -> None:
         got = f"only {', '.join(other)}" if other else "no weights at all"
         raise EngineError(
             f"{directory} holds {got}: expected *.safetensors, the only format that is read (pickled weights can "
-            "run code); convert with `model.save_pretrained(DIR, safe_serialization=True)`"
+            "run code); fetch them (`hf download OWNER/NAME`) or convert with "
+            "`model.save_pretrained(DIR, safe_serialization=True)`"
         )
-    if not names.intersection(_TOKENIZER_FILES):
+    if "model.safetensors.index.json" in names:
+        _check_shards(directory, names)
+    _check_tokenizer_files(directory)
+
+
+def _check_shards(directory: Path, names: set[str]) -> None:
+    try:
+        index = json.loads((directory / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        shards = set(index["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise EngineError(
+            f"model.safetensors.index.json in {directory} is damaged ({type(error).__name__}: {error}): fetch it again"
+        ) from error
+    lacking = sorted(shards - names)
+    if lacking:
+        raise EngineError(
+            f"{directory} lacks {len(lacking)} of {len(shards)} files of weights (first: {lacking[0]}): the download "
+            "ended early; run `hf download` again, which goes on where it stopped"
+        )
+
+
+def _check_tokenizer_files(directory: Path) -> None:
+    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         raise EngineError(
             f"{directory} holds no tokenizer: expected one of {', '.join(_TOKENIZER_FILES)}; save it beside the "
             "model with `tokenizer.save_pretrained(DIR)`"
@@ -166,7 +203,7 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 def _load_weights(directory: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     try:
         # Two models loaded at once by two threads mix up their tied weights: the library's loader keeps global state.
-        with _LOADING, _quiet_transformers():
+        with BUILDING, _quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory,
                 dtype=dtype,
