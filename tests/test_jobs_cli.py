@@ -32,7 +32,7 @@ VERBS = ("collect", "make_pairs", "learn_reward", "train_router", "evaluate", "c
 @pytest.fixture(autouse=True)
 def keep_process_state(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    for name in ("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE", "WANDB_SILENT"):
+    for name in ("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "WANDB_SILENT"):
         monkeypatch.setenv(name, os.environ.get(name, "1"))
 
 
