@@ -24,7 +24,7 @@ from roro_ray.reward.generic import make_fixed_rubric, make_random_rubric, shuff
 from roro_ray.reward.judge import Judge
 from roro_ray.reward.model import DONE, RewardModel, load_reward, save_reward
 from roro_ray.reward.phases import OnUpdate, run_judge_phase, run_rubricor_phase
-from roro_ray.reward.preference import PairAccuracy, QueryPairs, check_kind_weights, measure_accuracy
+from roro_ray.reward.preference import AnyItem, PairAccuracy, QueryPairs, check_kind_weights, measure_accuracy
 from roro_ray.types import Rubric
 
 _RESULT = "result.json"
@@ -67,8 +67,8 @@ class AlternationResult:
 
 
 def split_folds(
-    items: Sequence[QueryPairs], folds: int, rounds: int
-) -> tuple[list[list[QueryPairs]], list[QueryPairs]]:
+    items: Sequence[AnyItem], folds: int, rounds: int
+) -> tuple[list[list[AnyItem]], list[AnyItem]]:
     """Items of each round, and the held-out ones (the last fold).
 
     The other folds are dealt out over the rounds; where there are more rounds than folds, folds come again.

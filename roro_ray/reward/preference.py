@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -62,7 +63,29 @@ def group_pairs(
     return result
 
 
-def draw_items(items: Sequence[QueryPairs], count: int, rng: random.Random) -> list[QueryPairs]:
+class Item(Protocol):
+    """A query with pairs, its trajectories in memory (`QueryPairs`) or on disk (`pair_store.StoredPairs`)."""
+
+    @property
+    def query(self) -> Query:
+        """The query."""
+        ...
+
+    @property
+    def fold(self) -> int:
+        """The fold of the query."""
+        ...
+
+    @property
+    def draw_weight(self) -> int:
+        """How often the query is drawn, relative to others."""
+        ...
+
+
+AnyItem = TypeVar("AnyItem", bound=Item)
+
+
+def draw_items(items: Sequence[AnyItem], count: int, rng: random.Random) -> list[AnyItem]:
     """Different items, those with outcome pairs more often."""
     # Weighted sampling without replacement: the largest of u^(1/w) (Efraimidis and Spirakis, 2006).
     keys = {id(item): rng.random() ** (1 / item.draw_weight) for item in items}
@@ -126,30 +149,44 @@ class PairAccuracy:
     errors: int
 
 
-def measure_accuracy(items: Sequence[QueryPairs], verdicts: Sequence[Sequence[Verdict]]) -> PairAccuracy:
-    """Pair accuracy of the verdicts (one per trajectory of each item)."""
-    hits: dict[str, list[float]] = {kind.value: [] for kind in PairKind}
-    sides: dict[bool, list[float]] = {True: [], False: []}
-    errors = 0
-    for item, own in zip(items, verdicts, strict=True):
+class AccuracyTally:
+    """Adds up pair accuracy one query at a time, so that no trajectory need be kept."""
+
+    def __init__(self) -> None:
+        self._hits: dict[str, list[float]] = {kind.value: [] for kind in PairKind}
+        self._sides: dict[bool, list[float]] = {True: [], False: []}
+        self._errors = 0
+
+    def add(self, item: QueryPairs, verdicts: Sequence[Verdict]) -> None:
+        """Count the pairs of one query, given one verdict per trajectory."""
         for kind, better, worse in item.pairs:
-            if own[better].error is not None or own[worse].error is not None:
-                errors += 1
+            if verdicts[better].error is not None or verdicts[worse].error is not None:
+                self._errors += 1
                 continue
-            difference = own[better].score - own[worse].score
+            difference = verdicts[better].score - verdicts[worse].score
             # Verdicts are float32 sums: equal ones may differ in the last digits.
             hit = 0.5 if abs(difference) < 1e-6 else float(difference > 0)
-            hits[kind.value].append(hit)
+            self._hits[kind.value].append(hit)
             dearer = item.trajectories[better].large_share - item.trajectories[worse].large_share
             if dearer:
-                sides[dearer > 0].append(hit)
-    by_kind = {kind: _mean(values) for kind, values in hits.items() if values}
-    shares = {kind: KIND_SHARES[PairKind(kind)] for kind in by_kind}
-    mean = sum(shares[kind] * value for kind, value in by_kind.items()) / max(sum(shares.values()), 1)
-    counts = {kind: len(values) for kind, values in hits.items()}
-    return PairAccuracy(
-        by_kind, counts, mean if by_kind else float("nan"), (_mean(sides[True]) + _mean(sides[False])) / 2, errors
-    )
+                self._sides[dearer > 0].append(hit)
+
+    def result(self) -> PairAccuracy:
+        """The accuracy over all that was added."""
+        by_kind = {kind: _mean(values) for kind, values in self._hits.items() if values}
+        shares = {kind: KIND_SHARES[PairKind(kind)] for kind in by_kind}
+        mean = sum(shares[kind] * value for kind, value in by_kind.items()) / max(sum(shares.values()), 1)
+        counts = {kind: len(values) for kind, values in self._hits.items()}
+        balanced = (_mean(self._sides[True]) + _mean(self._sides[False])) / 2
+        return PairAccuracy(by_kind, counts, mean if by_kind else float("nan"), balanced, self._errors)
+
+
+def measure_accuracy(items: Sequence[QueryPairs], verdicts: Sequence[Sequence[Verdict]]) -> PairAccuracy:
+    """Pair accuracy of the verdicts (one per trajectory of each item)."""
+    tally = AccuracyTally()
+    for item, own in zip(items, verdicts, strict=True):
+        tally.add(item, own)
+    return tally.result()
 
 
 def _mean(values: Sequence[float]) -> float:
