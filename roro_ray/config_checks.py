@@ -253,7 +253,7 @@ def _check_reward(settings: Config) -> None:
             f"reward.engine.path={engine.path} and lora.base={base} contradict each other: adapters learned on "
             "one base fit no other. Leave reward.engine.path empty."
         )
-    if engine.adapters < 2:
+    if settings.reward.rubric_source == "learned" and engine.adapters < 2:
         raise ConfigError(
             f"reward.engine.adapters={engine.adapters}: expected at least 2 with reward.backend=engine, since Rubricor "
             "and Judge are two adapters of one engine."

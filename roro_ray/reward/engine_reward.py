@@ -11,6 +11,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
@@ -28,6 +29,7 @@ RUBRICOR, JUDGE = "rubricor", "judge"
 DONE, FACTS = "DONE", "reward.json"
 _BACKEND = "engine"
 T = TypeVar("T")
+Deliver = Callable[[Engine, AdapterVersion], Coroutine[Any, Any, None]]
 
 
 class RewardLike(Protocol):
@@ -76,13 +78,23 @@ class EngineReward:
     """Rubricor and Judge behind one engine; make one with `open_engine_reward`.
 
     `config.rubric_source` says whose rubrics, as in `RewardModel`: `random` and `fixed` never ask the Rubricor.
+    `deliver` brings an adapter to the engine (`load_adapter`, or through the object store).
     """
 
-    def __init__(self, rubricor: EngineRubricor, judge: EngineJudge, config: RewardConfig, loop: LoopThread) -> None:
+    def __init__(
+        self,
+        rubricor: EngineRubricor,
+        judge: EngineJudge,
+        config: RewardConfig,
+        loop: LoopThread,
+        deliver: Deliver | None = None,
+    ) -> None:
+        self._deliver = deliver or load_adapter
         self.rubricor = rubricor
         self.judge = judge
         self.config = config
         self.loop = loop
+        self._served: dict[str, AdapterVersion] = {}  # as the engine has them
 
     @property
     def version(self) -> int:
@@ -106,10 +118,18 @@ class EngineReward:
     def take_over(self, adapter: AdapterVersion) -> None:
         """Have the engine serve a version of an adapter, and write or judge with it from now on.
 
+        Engines keep the newest version of a name. To go back to an older one (the warm start, for a control) it is
+        given to the engine under a newer number.
+
         Raises:
             EngineError: the directory holds no adapter for this base, or the engine serves none.
         """
-        self.loop.run(load_adapter(self.judge.engine, adapter))
+        served = self._served.get(adapter.name)
+        if served is None or served.path != adapter.path:
+            number = adapter.version if served is None else max(adapter.version, served.version + 1)
+            sent = replace(adapter, version=number)
+            self.loop.run(self._deliver(self.judge.engine, sent))
+            self._served[adapter.name] = sent
         part: EngineRubricor | EngineJudge = self.rubricor if adapter.name == RUBRICOR else self.judge
         part.take_over(adapter.name, adapter.version)
 
@@ -135,11 +155,15 @@ async def load_adapter(engine: Engine, adapter: AdapterVersion) -> None:
 
 
 def open_engine_reward(
-    config: RewardConfig, adapters: Sequence[AdapterVersion] = (), engine: Engine | None = None
+    config: RewardConfig,
+    adapters: Sequence[AdapterVersion] = (),
+    engine: Engine | None = None,
+    deliver: Deliver | None = None,
 ) -> EngineReward:
     """Load the base's engine and the adapters.
 
     Args:
+        deliver: as for `EngineReward`.
         adapters: of Rubricor and Judge, at most one each; without one the base model itself writes or judges.
         engine: in place of the one that `config.engine` names (an actor's handle).
 
@@ -164,7 +188,7 @@ def open_engine_reward(
         )
         prompt = make_judge_prompt(facts, config.judge_tokens, count)
         judge = EngineJudge(served, prompt=prompt, concurrency=config.concurrency)
-        reward = EngineReward(rubricor, judge, config, loop)
+        reward = EngineReward(rubricor, judge, config, loop, deliver)
         for adapter in adapters:
             reward.take_over(adapter)
     except BaseException:
