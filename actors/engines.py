@@ -13,13 +13,15 @@ from typing import Any
 
 import ray
 
+from actors.adapters import Parcel, install
 from actors.waiting import wait_async
 from roro_ray.config import Config, ModelConfig, PoolConfig
 from roro_ray.engines.protocol import ChoiceScores, Engine, EngineFacts, StepRequest, StepResult
 from roro_ray.errors import EngineError, RoroError
+from roro_ray.learning.adapter_files import AdapterVersion
 
 _MOST_CALLS = 2  # in flight per worker and model: the next batch gathers while these are computed
-Item = StepRequest | tuple[str, tuple[str, ...]]
+Item = StepRequest | tuple[str, tuple[str, ...], str]
 MakeEngine = Callable[[ModelConfig, PoolConfig], Engine]
 
 
@@ -35,21 +37,38 @@ class EngineActor:
 
     def __init__(self, make: Callable[[], Engine]) -> None:
         self._engine = make()
+        self._loading = asyncio.Lock()
+        self._adapters: dict[str, int] = {}
 
     async def ready(self) -> EngineFacts:
         """Load the model."""
         return await self._engine.ready()
 
-    async def serve(self, items: Sequence[Item]) -> list[Any]:
-        """One StepResult, ChoiceScores or exception for each request; one that fails does not fail the others."""
+    async def load_adapters(self, parcels: Sequence[Parcel]) -> None:
+        """Serve adapters; those that it serves already, in this version or a newer one, cost nothing."""
+        await self._engine.ready()
+        async with self._loading:
+            for parcel in parcels:
+                name, version = parcel.adapter.name, parcel.adapter.version
+                if self._adapters.get(name, -1) < version:
+                    await install(parcel, self._engine)
+                    self._adapters[name] = version
+
+    async def serve(self, items: Sequence[Item], parcels: Sequence[Parcel] = ()) -> list[Any]:
+        """One StepResult, ChoiceScores or exception for each request; one that fails does not fail the others.
+
+        `parcels` are the adapters that the caller counts on: after a restart nobody else brings them.
+        """
         await self._engine.ready()  # free when loaded; after a restart nobody else asks for it
+        await self.load_adapters(parcels)
         results = await asyncio.gather(*(self._serve_one(item) for item in items), return_exceptions=True)
         return [result if not isinstance(result, BaseException) else _portable(result) for result in results]
 
     async def _serve_one(self, item: Item) -> StepResult | ChoiceScores:
         if isinstance(item, StepRequest):
             return await self._engine.generate_step(item)
-        return await self._engine.score_choices(*item)
+        prefix, choices, adapter = item
+        return await self._engine.score_choices(prefix, choices, **({"adapter": adapter} if adapter else {}))
 
 
 def _portable(error: BaseException) -> RoroError:
@@ -69,12 +88,24 @@ class RemoteEngine:
         self.name = name
         self.actor = actor
         self._timeout_s = timeout_s
+        self._parcels: dict[str, Parcel] = {}
         self._pending: list[tuple[Item, asyncio.Future[Any]]] = []
         self._calls = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RemoteEngine, (self.name, self.actor, self._timeout_s)
+        return _restore_engine, (self.name, self.actor, self._timeout_s, self._parcels)
+
+    async def take_parcel(self, parcel: Parcel) -> None:
+        """Have the actor serve an adapter, now and after a restart."""
+        held = self._parcels.get(parcel.adapter.name)
+        if held is None or held.adapter.version < parcel.adapter.version:
+            await self._wait(self.actor.load_adapters.remote([parcel]), f"adapter {parcel.adapter.name}")
+            self._parcels[parcel.adapter.name] = parcel
+
+    async def load_adapter(self, name: str, path: str, version: int) -> None:
+        """Serve the adapter in a directory that the actor's node sees."""
+        await self.take_parcel(Parcel(AdapterVersion(name, version, path)))
 
     async def ready(self) -> EngineFacts:
         """Wait until the actor has loaded its model."""
@@ -84,9 +115,9 @@ class RemoteEngine:
         """Write one step, in a call shared with the other requests of the moment."""
         return await self._submit(request)
 
-    async def score_choices(self, prefix: str, choices: tuple[str, ...]) -> ChoiceScores:
+    async def score_choices(self, prefix: str, choices: tuple[str, ...], adapter: str = "") -> ChoiceScores:
         """Score continuations, in a call shared with the other requests of the moment."""
-        return await self._submit((prefix, choices))
+        return await self._submit((prefix, choices, adapter))
 
     async def _submit(self, item: Item) -> Any:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -118,7 +149,8 @@ class RemoteEngine:
 
     async def _serve(self, batch: Sequence[tuple[Item, asyncio.Future[Any]]]) -> None:
         try:
-            results = await self._wait(self.actor.serve.remote([item for item, _ in batch]), f"{len(batch)} requests")
+            ref = self.actor.serve.remote([item for item, _ in batch], list(self._parcels.values()))
+            results = await self._wait(ref, f"{len(batch)} requests")
         except Exception as error:  # the callers' border: whoever asked must hear of it
             results = [error] * len(batch)
         for (_, future), result in zip(batch, results, strict=True):
@@ -131,6 +163,12 @@ class RemoteEngine:
 
     async def _wait(self, ref: Any, what: str) -> Any:
         return await wait_async(ref, f"model {self.name}: {what}", self._timeout_s, self.actor)
+
+
+def _restore_engine(name: str, actor: Any, timeout_s: float, parcels: dict[str, Parcel]) -> RemoteEngine:
+    engine = RemoteEngine(name, actor, timeout_s)
+    engine._parcels = dict(parcels)
+    return engine
 
 
 def start_engines(config: Config, make: MakeEngine = make_model_engine) -> tuple[RemoteEngine, ...]:

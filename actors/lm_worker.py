@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError
 
 from actors.waiting import wait_for
 from roro_ray.config import LoraConfig
-from roro_ray.errors import CheckpointError, ConfigError, RoroError
+from roro_ray.errors import CheckpointError, ConfigError, EngineError, RoroError
 from roro_ray.learning.lm_run import Command, LmRun, Result
 from roro_ray.learning.lm_training import Ranks
 
@@ -60,7 +60,7 @@ def serve_commands(settings: dict[str, Any]) -> None:
         run, ranks = _load(job)
         while _serve_one(job, run, ranks):
             pass
-    except (ConfigError, CheckpointError) as error:
+    except (ConfigError, CheckpointError, EngineError) as error:
         job.ask("fail", error)
     except RayActorError:
         logger.warning("the board of commands is gone, and so is the driver: the adapters' learner ends")

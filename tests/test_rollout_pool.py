@@ -207,9 +207,9 @@ class CountingActor(EngineActor):
         super().__init__(make)
         self.sizes: list[int] = []
 
-    async def serve(self, items: Any) -> list[Any]:
+    async def serve(self, items: Any, parcels: Any = ()) -> list[Any]:
         self.sizes.append(len(items))
-        return await super().serve(items)
+        return await super().serve(items, parcels)
 
     async def get_sizes(self) -> list[int]:
         return self.sizes

@@ -203,7 +203,7 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 def _load_weights(directory: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     try:
         # Two models loaded at once by two threads mix up their tied weights: the library's loader keeps global state.
-        with BUILDING, _quiet_transformers():
+        with BUILDING, quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory,
                 dtype=dtype,
@@ -227,7 +227,7 @@ def _load_weights(directory: Path, dtype: torch.dtype, device: torch.device) -> 
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No loading bars and notes: what matters in the loading report is raised."""
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()

@@ -13,24 +13,27 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from roro_ray.config import LoraConfig
 from roro_ray.errors import CheckpointError, ConfigError, TrainingError, did_you_mean
 from roro_ray.learning.grpo import make_denominator
+from roro_ray.learning.lm_wrappers import postpone_sync, replicate, shard
 from roro_ray.learning.lora import LoraModel, State, fill, gather, load_base
-from roro_ray.learning.packing import PackedScorer, check_actions, make_idle_row, pack_row, scatter_actions, spread_rows
+from roro_ray.learning.packing import (
+    PackedScorer,
+    check_actions,
+    make_idle_batch,
+    pack_row,
+    scatter_actions,
+    spread_rows,
+)
 from roro_ray.learning.sequences import TokenBatch
 from roro_ray.learning.sft import IGNORED, SftBatch
 from roro_ray.learning.updates import Score, UpdateSettings, add_metrics, backward_part, mean_metrics
@@ -118,7 +121,7 @@ class LoraTrainer:
         self.model = LoraModel(load_base(config, device), config, names, seed)
         scorer = PackedScorer(self.model.causal, config.logits_chunk).train()  # checkpoints layers in train mode only
         if config.strategy == "fsdp2":
-            _shard(scorer, self.device)
+            shard(scorer, self.device)
         self._adapters = {name: self._make_adapter(name, scorer) for name in names}
         self.model.activate(names[0])
 
@@ -201,9 +204,9 @@ class LoraTrainer:
         score = partial(self._score, adapter.scorer, temperature)
         totals: dict[str, float] = {}
         for index, part in enumerate(parts):
-            with _postpone_sync(adapter.scorer) if index < len(parts) - 1 else contextlib.nullcontext():
+            with postpone_sync(adapter.scorer) if index < len(parts) - 1 else contextlib.nullcontext():
                 if part is None:
-                    self._idle(adapter.scorer)
+                    self._idle(backward, score)
                 else:
                     add_metrics(totals, backward(part, score))
         norm = self._step(name, objective, rate, grad_clip)
@@ -234,12 +237,14 @@ class LoraTrainer:
         with self.model.without_adapters():
             return score(part)
 
-    def _idle(self, scorer: nn.Module) -> None:
-        """Take part in the others' collective operations, and add nothing."""
-        row = make_idle_row()
-        tensors = (row.ids_1N, row.positions_1N, row.predicting_A, row.targets_A)
-        log_probs_A, _ = scorer(*(tensor.to(self.device) for tensor in tensors))
-        (0.0 * log_probs_A.sum()).backward()
+    def _idle(self, backward: Backward, score: Score) -> None:
+        """Take part in the others' collective operations with a sequence of no weight: zeros are added."""
+
+        def score_zeros(part: TokenBatch) -> tuple[Tensor, Tensor]:
+            log_probs_BT, entropy_BT = score(part)
+            return 0.0 * log_probs_BT, 0.0 * entropy_BT
+
+        backward(make_idle_batch().to(self.device), score_zeros)
 
     def _step(self, name: str, objective: str, rate: float, grad_clip: float) -> float:
         """Clip, step and count; the norm of the whole gradient before clipping."""
@@ -261,10 +266,8 @@ class LoraTrainer:
 
     def _make_adapter(self, name: str, scorer: PackedScorer) -> _Adapter:
         self.model.activate(name, train_only=True)
-        wrapped: nn.Module = scorer
-        if self.config.strategy == "ddp":
-            # One wrapper per adapter: each waits for the gradients of what was trainable when it was made.
-            wrapped = DistributedDataParallel(scorer, broadcast_buffers=False)
+        # One wrapper per adapter: each waits for the gradients of what was trainable when it was made.
+        wrapped: nn.Module = replicate(scorer) if self.config.strategy == "ddp" else scorer
         parameters = self.model.parameters_of(name)
         optimizer = torch.optim.AdamW(
             parameters.values(), lr=self.config.sft_lr, betas=_BETAS, weight_decay=self.config.weight_decay
@@ -300,25 +303,3 @@ class LoraTrainer:
                 fill(kept, value)
             adapter.optimizer.state[parameter][field] = kept
         adapter.version, adapter.objective = state.version, state.objective
-
-
-def _postpone_sync(scorer: nn.Module) -> AbstractContextManager[None]:
-    """Gradients of all but the last pass stay on their rank (DDP); other strategies have nothing to postpone."""
-    if isinstance(scorer, DistributedDataParallel):
-        return cast(AbstractContextManager[None], scorer.no_sync())
-    return contextlib.nullcontext()
-
-
-def _shard(scorer: PackedScorer, device: torch.device) -> None:
-    """FSDP2: every decoder layer is a unit that is gathered for its own computation only; the rest is one more."""
-    blocks = set(scorer.model._no_split_modules or ())
-    layers = [module for module in scorer.modules() if type(module).__name__ in blocks]
-    if not layers:
-        raise ConfigError(
-            f"lora.strategy=fsdp2: {type(scorer.model).__name__} does not say which modules may be sharded "
-            "(_no_split_modules): use lora.strategy=ddp."
-        )
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for layer in layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(scorer, mesh=mesh)

@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from roro_ray.config import LoraConfig
-from roro_ray.engines.loading import resolve_model_path
+from roro_ray.engines.hub import resolve_model_path
+from roro_ray.engines.loading import quiet_transformers
 from roro_ray.errors import CheckpointError, ConfigError
 from roro_ray.learning.adapter_files import CONFIG, WEIGHTS
 from roro_ray.routing.draws import mix_seed
@@ -38,27 +39,26 @@ def load_base(config: LoraConfig, device: torch.device | str = "cpu") -> PreTrai
     """The base model, frozen, with the attention and checkpointing that the config asks for.
 
     Raises:
-        ConfigError: there is no such model, or it does not support the attention asked for.
+        ConfigError: what lies there is no model, or it does not support the attention asked for.
+        EngineError: the model of the hub cannot be had.
     """
-    path = str(resolve_model_path(config.base))
+    path = resolve_model_path(config.base, config.revision)
     dtype = getattr(torch, config.dtype)
     attention = choose_attention(config.attention, dtype, torch.device(device))
     try:
-        model = cast(
-            PreTrainedModel,
-            AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, attn_implementation=attention, revision=config.revision or "main"
-            ),
-        )
+        with quiet_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, attn_implementation=attention, use_safetensors=True, local_files_only=True
+            )
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(
             f"lora.base={config.base!r} does not load with attention {attention}: {error}. Give a directory in Hugging "
             "Face format or a model of the hub, and an attention that it supports (lora.attention)."
         ) from error
-    model.requires_grad_(False)
+    model: PreTrainedModel = loaded.to(device).requires_grad_(False)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return cast(PreTrainedModel, cast(nn.Module, model).to(device))
+    return model
 
 
 def choose_attention(asked: str, dtype: torch.dtype, device: torch.device) -> str:

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from roro_ray.errors import ConfigError
-from roro_ray.learning.sequences import score_logits
+from roro_ray.learning.sequences import TokenBatch, score_logits
 
 _PROBE_IDS = (0, 1, 2)
 
@@ -179,9 +179,12 @@ def check_actions(attention_mask_BT: Tensor, action_mask_BT: Tensor) -> None:
         raise ConfigError("a padding token is marked as an action: the action mask must lie inside the attention mask")
 
 
-def make_idle_row() -> PackedRow:
-    """A row for a rank that has nothing to do: it goes through every layer, and its loss is to be weighed with 0."""
-    return PackedRow(torch.zeros(1, 2, dtype=torch.long), torch.arange(2)[None], torch.tensor([0]), torch.tensor([0]))
+def make_idle_batch() -> TokenBatch:
+    """A sequence for a rank that has nothing to do: it goes through every layer, and its loss is weighed with 0."""
+    ones_B = torch.ones(1)
+    real_BT = torch.ones(1, 2, dtype=torch.long)
+    action_BT = torch.tensor([[False, True]])
+    return TokenBatch(torch.zeros(1, 2, dtype=torch.long), real_BT, action_BT, torch.zeros(1, 2), ones_B, ones_B.long())
 
 
 def scatter_actions(values_A: Tensor, action_mask_BT: Tensor) -> Tensor:
