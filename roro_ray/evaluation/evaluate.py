@@ -173,8 +173,11 @@ class _Run:
         if not alone:
             self.skipped["query_level"] = "no collected trajectories of the small model alone (collect with fixed:0)"
             return
-        path = self.inputs.config.router.encoder or self.inputs.config.pool.models[0].path
-        encoder = QueryEncoder(path)
+        settings, cheapest = self.inputs.config.router, self.inputs.config.pool.models[0]
+        if not settings.encoder and cheapest.engine == "openai":
+            self.skipped["query_level"] = "no router.encoder and no local model that could read the queries"
+            return
+        encoder = QueryEncoder(settings.encoder or cheapest.path, settings.encoder_dtype)
         states_QF = encoder.encode([query.text for query, _ in alone]).states_QF
         predictor = train_predictor(states_QF, [not correct for _, correct in alone])
         encoded = encoder.encode([query.text for query in self.queries.all])

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import AutoModel, AutoTokenizer
 
-from roro_ray.engines.hf import resolve_model_path
+from roro_ray.engines.loading import load_model
 from roro_ray.errors import DataError
 from roro_ray.evaluation.bootstrap import Floats
 
@@ -32,12 +31,15 @@ class EncodedQueries:
 
 
 class QueryEncoder:
-    """A frozen causal language model that turns a query into numbers: its last state beside its mean state."""
+    """A frozen causal language model that turns a query into numbers: its last state beside its mean state.
 
-    def __init__(self, path: str) -> None:
-        directory = str(resolve_model_path(path))
-        self._tokenizer = AutoTokenizer.from_pretrained(directory)
-        self._model = AutoModel.from_pretrained(directory, dtype=torch.float32).eval()
+    Raises:
+        EngineError: there is no model at the path.
+    """
+
+    def __init__(self, path: str, dtype: str = "float32") -> None:
+        loaded = load_model(path, "cpu", dtype)
+        self._tokenizer, self._model = loaded.tokenizer, loaded.model.base_model
         self._flops_per_token = 2.0 * sum(p.numel() for p in self._model.parameters())
 
     @torch.no_grad()
@@ -50,7 +52,7 @@ class QueryEncoder:
             # Padded on the right: under causal attention no real token ever sees the padding.
             ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
             mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-            hidden = self._model(input_ids=ids, attention_mask=mask).last_hidden_state
+            hidden = self._model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
             length = mask.sum(1)
             last = hidden[torch.arange(len(rows)), length - 1]
             mean = (hidden * mask[..., None]).sum(1) / length[:, None]
