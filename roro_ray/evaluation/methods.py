@@ -65,6 +65,7 @@ METHODS: dict[str, MethodInfo] = {
 }
 # A threshold that keeps every draft, so that a rule's signal can be watched along the small model's own text.
 KEEP_ALL = {"confidence": "confidence:0", "draft_verify": "draft_verify:0", "glimpse": "glimpse:1e9"}
+_WAVE = 4096  # episodes whose trajectories are held at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +129,14 @@ def run_settings(
 def score_settings(
     host: Host, method: str, settings: Sequence[Setting], queries: Sequence[Query], seed: int
 ) -> list[Scores]:
-    """Roll out every setting and keep the scores alone (trajectories are large, and a sweep has many)."""
-    runs = run_settings(host, method, settings, queries, seed)
-    return [make_scores(setting.label, run) for setting, run in zip(settings, runs, strict=True)]
+    """Roll out every setting and keep the scores alone: trajectories are large, and a sweep has many.
+
+    As many settings at once as make about `_WAVE` episodes.
+    """
+    scores: list[Scores] = []
+    at_once = max(_WAVE // max(len(queries), 1), 1)
+    for start in range(0, len(settings), at_once):
+        wave = settings[start : start + at_once]
+        runs = run_settings(host, method, wave, queries, seed)
+        scores += [make_scores(setting.label, run) for setting, run in zip(wave, runs, strict=True)]
+    return scores
