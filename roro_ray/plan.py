@@ -60,7 +60,7 @@ def _resource_lines(config: Config) -> list[str]:
 
 
 def _stage_lines(config: Config) -> list[str]:
-    data, router, reward = config.data, config.router, config.reward
+    data, router = config.data, config.router
     suites, trained = len(data.suites), count_train_suites(config)
     queries = trained * data.train_queries
     per_query = len(config.collect.strategies) * config.collect.rollouts
@@ -73,9 +73,7 @@ def _stage_lines(config: Config) -> list[str]:
         f"{config.collect.rollouts}), in {shards} shards of up to {config.collect.shard_queries} queries",
         f"make_pairs   at most {3 * queries * config.pairs.max_per_query} pairs of 3 kinds, {folds} folds of about "
         f"{queries // folds} queries, 1 held out; process quality from {config.pairs.process_source}",
-        f"learn_reward {reward.rounds} rounds x ({reward.judge_updates} Judge + {reward.rubricor_updates} Rubricor "
-        f"updates) of {reward.queries_per_update} queries; {reward.queries_per_update * reward.rubrics_per_query} "
-        "rubrics an update",
+        _reward_line(config),
         f"train_router {count_episodes(config)} episodes a method: {router.iterations} iterations x {router.queries} "
         f"queries x {router.group_size} rollouts = {batch} trajectories an iteration, "
         f"{batch // router.workers} a learner; lag at most {router.max_lag} version(s)",
@@ -85,3 +83,14 @@ def _stage_lines(config: Config) -> list[str]:
         f"calibrate    {count_calibrated(config)} episodes: {suites * config.calibrate.queries} held-out queries x "
         f"({len(config.calibrate.cost_weights)} cost weights + 2 models alone)",
     ]
+
+
+def _reward_line(config: Config) -> str:
+    reward = config.reward
+    if reward.rubric_source == "warm":
+        return "learn_reward left out: the warm start's rubrics and Judge are used (reward.rubric_source=warm)"
+    return (
+        f"learn_reward {reward.rounds} rounds x ({reward.judge_updates} Judge + {reward.rubricor_updates} Rubricor "
+        f"updates) of {reward.queries_per_update} queries; {reward.queries_per_update * reward.rubrics_per_query} "
+        "rubrics an update"
+    )

@@ -17,8 +17,8 @@ _FULL, _LORA = 8.0, 6.0  # FLOPs per parameter and token: forward, backward, and
 
 
 def describe_estimate(config: Config) -> list[str]:
-    """Lines for `--dry-run`; none where all models are the embedded world's, whose cost nobody asks for."""
-    if all(model.path.startswith("world:") and not model.gpus for model in config.pool.models):
+    """Lines for `--dry-run`; none where all models are the embedded world's in memory: their cost nobody asks for."""
+    if all(model.path.startswith("world:") and model.engine == "hf" for model in config.pool.models):
         return []
     shapes = _read_shapes(config)
     roles, stages = plan_roles(config), plan_stages(config)
@@ -116,7 +116,7 @@ def _stage_lines(
         usd = stage_dollars(stage, config)
         total_usd += usd
         if usd:
-            lines.append(f"             {usd:,.2f} USD by the pool's prices")
+            lines.append(f"             {usd:,.2f} USD by the models' prices")
     if total_gpu_hours:
         lines.append(f"expected     {total_gpu_hours:,.0f} GPU hours in all, from the assumptions below")
     if total_usd:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from roro_ray.config import Config, EstimateConfig
 from roro_ray.engines.shapes import Shape
 from roro_ray.estimate.memory import Role
-from roro_ray.estimate.work import WRITER, Stage, Work
+from roro_ray.estimate.work import JUDGE, RUBRICOR, WRITER, Stage, Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +76,11 @@ def stage_hours(stage: Stage, busy: Mapping[str, float], learners: Sequence[str]
 
 
 def stage_dollars(stage: Stage, config: Config) -> float:
-    """The price of the pool's tokens: read, sent again and written."""
+    """The price of all tokens: read, sent again and written."""
     total = 0.0
-    writer = () if config.warm.writer else ((WRITER, config.warm.engine),)
-    for name, model in (*((model.name, model) for model in config.pool.models), *writer):
+    engines = [(model.name, model) for model in config.pool.models]
+    engines += [(WRITER, config.warm.engine), (RUBRICOR, config.reward.engine), (JUDGE, config.reward.engine)]
+    for name, model in engines:
         work = stage.work.get(name, Work())
         again = max(work.sent - work.read, 0.0)
         total += work.read * model.price_in + again * model.price_cached + work.written * model.price_out

@@ -59,9 +59,11 @@ def plan_stages(config: Config) -> list[Stage]:
     `evaluate` counts the methods of `evaluation.evaluate` for one trained router, without the hindsight oracle, whose
     search depends on what the models write.
     """
-    warm = [_plan_warm_start(config)] if config.reward.backend == "engine" else []
-    stages = [_plan_collect(config), _plan_pairs(config), *warm, _plan_reward(config), _plan_router(config)]
-    return [*stages, *_plan_tests(config)]
+    stages = [_plan_collect(config), _plan_pairs(config)]
+    if config.reward.rubric_source != "warm":
+        stages += [_plan_warm_start(config)] if config.reward.backend == "engine" else []
+        stages.append(_plan_reward(config))
+    return [*stages, _plan_router(config), *_plan_tests(config)]
 
 
 def strategy_shares(strategy: str, models: int, large_share: float) -> tuple[float, ...]:
@@ -158,8 +160,8 @@ def _reward_load(assumed: EstimateConfig, trajectories: float, rubrics: float, l
     prompt = assumed.prompt_tokens
     read = prompt + length + assumed.rubric_tokens
     return {
-        RUBRICOR: Work(read=rubrics * prompt, written=rubrics * assumed.rubric_tokens),
-        JUDGE: Work(read=trajectories * read, written=trajectories * _CRITERIA),
+        RUBRICOR: Work(rubrics * prompt, rubrics * prompt, rubrics * assumed.rubric_tokens),
+        JUDGE: Work(trajectories * read, trajectories * read * _CRITERIA, trajectories * float(_CRITERIA)),
     }
 
 
