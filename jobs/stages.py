@@ -150,7 +150,7 @@ def router_stage(config: Config, run: RunDir, pool: RolloutPool, method: str, na
     if load_finished(run.router(name), settings) is not None:
         say(f"train_router ({name}): already done in {run.router(name)}")
         return
-    if settings.router.beta:
+    if settings.router.beta and settings.reward.rubric_source != "warm":
         run.require("learn_reward")
     iterations, title = config.router.iterations, f"Train the router ({name})"
     with run_stage(run, f"train_router-{name}", title) as facts, Progress(name, iterations, "iterations") as bar:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from roro_ray.config import Config, ModelConfig
 from roro_ray.engines.shapes import Shape, read_shape
@@ -41,14 +42,21 @@ def _read_shapes(config: Config) -> dict[str, Shape | None]:
         shapes[ROUTER] = read_shape(config.router.encoder, config.router.encoder_revision)
     adapted = config.reward.backend == "engine"
     for name, path in ((RUBRICOR, config.reward.rubricor), (JUDGE, config.reward.judge)):
-        shapes[name] = read_shape(*((config.lora.base, config.lora.revision) if adapted else (path, "")))
+        served = replace(config.reward.engine, path=config.lora.base, revision=config.lora.revision)
+        shapes[name] = _pool_shape(served) if adapted else read_shape(path)
     if adapted and not config.warm.writer:
         shapes[WRITER] = _pool_shape(config.warm.engine)
     return shapes
 
 
 def _pool_shape(model: ModelConfig) -> Shape | None:
-    return None if model.engine == "openai" else read_shape(model.path, model.revision)
+    """The shape of a model that runs here, or what the settings say of the size of one behind an API."""
+    if model.engine != "openai":
+        return read_shape(model.path, model.revision)
+    parameters = int(float(model.engine_args.get("parameters", 0)))
+    active = int(float(model.engine_args.get("active_parameters", 0))) or parameters
+    named = model.api_model or model.path
+    return Shape(named, "engine_args", parameters, active, 0, 0, 0, 0, 0, 0, 0) if parameters else None
 
 
 def _model_lines(config: Config, shapes: Mapping[str, Shape | None]) -> list[str]:
@@ -57,13 +65,14 @@ def _model_lines(config: Config, shapes: Mapping[str, Shape | None]) -> list[str
         if shape is None:
             remote = {model.name for model in config.pool.models if model.engine == "openai"}
             remote |= {WRITER} if config.warm.engine.engine == "openai" else set()
+            remote |= {RUBRICOR, JUDGE} if config.reward.engine.engine == "openai" else set()
             known = "behind an API" if name in remote else f"unknown ({_UNKNOWN})"
         else:
             active = "" if shape.active == shape.parameters else f" ({shape.active / 1e9:.3g} B active)"
+            states = f", {shape.kv_bytes() / 1024:.0f} KiB of keys and values in 16 bits" if shape.kv_width else ""
             known = (
-                f"{shape.path}: {show_count(shape.parameters)} parameters{active}, "
-                f"{show_count(shape.flops_per_token)}FLOP a token, {shape.kv_bytes() / 1024:.0f} KiB of keys and "
-                f"values a token in 16 bits ({shape.source})"
+                f"{shape.path}: {show_count(shape.parameters)} parameters{active}; a token "
+                f"{show_count(shape.flops_per_token)}FLOP{states} ({shape.source})"
             )
         lines.append(f"{'shapes' if not lines else '':<12} {name}: {known}")
     return lines
