@@ -11,6 +11,7 @@ Added to math-verify: lists are compared as multisets, item by item, where the s
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -61,9 +62,7 @@ def grade(task: Task) -> Grade:
     if not found:
         return Grade(False)
     shown = next((each for each in found if isinstance(each, str)), None)
-    right = _equal(gold, found, task.tolerance)
-    if not right and shown:
-        right = _is_right(shown, task.gold, gold, items, task.tolerance)
+    right = _is_right(shown, task.gold, gold, items, task.tolerance) if shown else _equal(gold, found, task.tolerance)
     return Grade(right, shown)
 
 
@@ -120,19 +119,18 @@ def _is_near(gold: Any, given: Any, tolerance: float) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _read_gold(text: str) -> tuple[Any, ...]:
-    """The gold answer's expressions; its right-hand side where only that can be read; () where nothing can."""
-    plain = strip_dollars(text)
-    for part in dict.fromkeys((plain, plain.rpartition("=")[2])):
-        for form in _forms(part):
-            found = _read(form)
-            if any(not isinstance(each, str) for each in found):
-                without_percent = _read(form.rstrip().rstrip("%").rstrip("\\ ")) if form.rstrip().endswith("%") else ()
-                return (*found, *without_percent)
-    return ()
+    """The gold answer's expressions, a percentage also as the bare number; () where it cannot be read."""
+    read = [_read(form) for form in _forms(strip_dollars(text))]
+    found = tuple(each for expressions in read for each in expressions)
+    return found if any(not isinstance(each, str) for each in found) else ()
 
 
 def _read(formula: str) -> tuple[Any, ...]:
-    return _parse(rf"\boxed{{{formula}}}", _IN_BOX)
+    """A formula's expressions; those of its right-hand side where the whole cannot be read (`m_{\\max }=n^{2}`)."""
+    found = _parse(rf"\boxed{{{formula}}}", _IN_BOX)
+    if "=" in formula and all(isinstance(each, str) for each in found):
+        found += _parse(rf"\boxed{{{formula.rpartition('=')[2]}}}", _IN_BOX)
+    return found
 
 
 def _parse(text: str, config: Sequence[Any]) -> tuple[Any, ...]:
@@ -151,21 +149,22 @@ def main() -> None:
             resource.setrlimit(limit, (value, value))
         except (ValueError, OSError):  # not on every system; the clock still holds
             continue
-    connection.send_bytes(READY)
-    while os.getppid() == parent:
-        if not select.select([connection], [], [], _ORPHAN_CHECK_S)[0]:
-            continue
-        try:
-            fields = json.loads(connection.recv_bytes())
-        except EOFError:
-            return
-        signal.setitimer(signal.ITIMER_REAL, limit_s + _GRACE_S)
-        try:
-            result = grade(Task(**fields))
-        except (MemoryError, RecursionError) as error:
-            result = Grade(None, error=f"{type(error).__name__} while the answer was checked", failure="crash")
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        connection.send_bytes(json.dumps(asdict(result)).encode())
+    with contextlib.suppress(EOFError, OSError):  # the owner is gone or wants no more
+        connection.send_bytes(READY)
+        while os.getppid() == parent:
+            if select.select([connection], [], [], _ORPHAN_CHECK_S)[0]:
+                connection.send_bytes(_answer(connection.recv_bytes(), limit_s))
+
+
+def _answer(request: bytes, limit_s: float) -> bytes:
+    task = Task(**json.loads(request))
+    signal.setitimer(signal.ITIMER_REAL, limit_s + _GRACE_S)
+    try:
+        result = grade(task)
+    except (MemoryError, RecursionError) as error:
+        result = Grade(None, error=f"{type(error).__name__} while the answer was checked", failure="crash")
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return json.dumps(asdict(result)).encode()
 
 
 if __name__ == "__main__":
