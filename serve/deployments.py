@@ -75,9 +75,9 @@ class ModelReplica:
         finally:
             self._calls -= 1
 
-    async def score_choices(self, prefix: str, choices: tuple[str, ...]) -> ChoiceScores:
+    async def score_choices(self, prefix: str, choices: tuple[str, ...], adapter: str = "") -> ChoiceScores:
         """Score continuations."""
-        return await self._engine.score_choices(prefix, choices)
+        return await self._engine.score_choices(prefix, choices, adapter)
 
     async def stream_step(self, request: StepRequest) -> AsyncIterator[list[StepDelta | StepResult]]:
         """Write one step and tell it in parts; the more streams, the more tokens travel in one part.

@@ -67,9 +67,9 @@ class HandleEngine:
         result: StepResult = await self._call("generate_step", request)
         return result
 
-    async def score_choices(self, prefix: str, choices: tuple[str, ...]) -> ChoiceScores:
+    async def score_choices(self, prefix: str, choices: tuple[str, ...], adapter: str = "") -> ChoiceScores:
         """Score continuations; errors as for `generate_step`."""
-        scores: ChoiceScores = await self._call("score_choices", prefix, choices)
+        scores: ChoiceScores = await self._call("score_choices", prefix, choices, adapter)
         return scores
 
     async def _call(self, method: str, *arguments: Any) -> Any:
