@@ -161,8 +161,8 @@ class ScriptedApi:
             whole = question.partition(": ")[2]
         else:
             whole = self.answers.get(question, begun + " ok")
-        if begun and self.trims and whole.startswith(begun):
-            return [*split_tokens(whole[len(begun) :]), END]
+        if begun.startswith(whole):  # all is said
+            return [END]
         rest = whole[len(begun) :] if whole.startswith(begun) else whole
         return [*split_tokens(rest), END]
 

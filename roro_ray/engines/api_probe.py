@@ -25,7 +25,6 @@ from roro_ray.engines.api_prompts import (
 from roro_ray.engines.api_replies import Reply
 from roro_ray.errors import EngineError
 
-_ABSENT = (404, 405, 501)
 _QUESTION = "Count from 1 to 9."
 _BEGUN = "1, 2, 3"  # ends with a digit: no tokenizer glues a blank line to one
 _SENTENCE = "The quick brown fox jumps over the lazy dog."
@@ -67,28 +66,35 @@ class Probe:
         format = make_chat_format(self.thinks)
         begun = format.open(_QUESTION) + _BEGUN
         refused: list[str] = []
+        taken: list[tuple[ApiTraits, Reply]] = []
         for style in STYLES:
             try:
                 traits, reply = await self._settle(ApiTraits(style=style, top_logprobs=self.top_logprobs), begun)
             except ApiRefusedError as error:
-                if error.status not in (*FIELD_REFUSALS, *_ABSENT):
+                if error.status not in FIELD_REFUSALS:
                     raise
                 refused.append(f"{style}: {error}")
                 continue
             self._check_thought(reply)
-            if not await self._reads_field(traits, begun):
-                found = await self._finish_word(traits)
-                if not found.lstrip("\u2581").startswith(_SENTENCE[_CUT : _CUT + 3]):
-                    refused.append(f"{style}: taken, but {_SENTENCE[:_CUT]!r} went on with {found[:40]!r}")
-                    continue
-            traits = replace(traits, tells_stop=reply.tells_stop, trims=await self._trims(traits, begun, reply))
-            if self.thinks:
-                await self._check_thinking(traits, begun)
-            return traits
-        told = "; ".join(refused)
+            if await self._reads_field(traits, begun):
+                return await self._complete(traits, begun, reply)
+            taken.append((traits, reply))
+        for traits, reply in reversed(taken):  # the plain way first: a field that is not read says nothing
+            found = await self._finish_word(traits)
+            if found.startswith(_SENTENCE[_CUT : _CUT + 3]):
+                return await self._complete(traits, begun, reply)
+            refused.append(f"{traits.style}: taken, but {_SENTENCE[:_CUT]!r} went on with {found[:40]!r}")
         raise EngineError(
-            f"engine {self.client.name}: {self.client.url} continues no answer ({told}): {_NO_CONTINUATION}"
+            f"engine {self.client.name}: {self.client.url} continues no answer ({'; '.join(refused)}): "
+            f"{_NO_CONTINUATION}"
         )
+
+    async def _complete(self, traits: ApiTraits, begun: str, reply: Reply) -> ApiTraits:
+        """What else there is to know of an endpoint that continues an answer."""
+        traits = replace(traits, tells_stop=reply.tells_stop, trims=await self._trims(traits, begun, reply))
+        if self.thinks:
+            await self._check_thinking(traits, begun)
+        return traits
 
     async def _settle(self, traits: ApiTraits, prefix: str) -> tuple[ApiTraits, Reply]:
         """Leave out what the endpoint refuses, one thing after the other, until it answers."""
