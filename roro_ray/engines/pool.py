@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import Sequence
 
 from roro_ray.config import ModelConfig, PoolConfig
-from roro_ray.engines.protocol import Engine, EngineFacts
+from roro_ray.engines.protocol import Engine, EngineFacts, Prices
 from roro_ray.errors import ConfigError, did_you_mean
 
-ENGINES = ("hf",)
+_MILLION = 1e6
+ENGINES = ("hf", "vllm", "openai")
 
 
 class EnginePool:
@@ -87,6 +88,14 @@ def make_engine(model: ModelConfig, config: PoolConfig) -> Engine:
             f"{did_you_mean(model.engine, ENGINES)}; set pool.models[].engine"
         )
     # Imported here, so that a configuration can be checked without loading torch.
+    if model.engine == "vllm":
+        from roro_ray.engines.vllm import VllmEngine
+
+        return VllmEngine.from_config(model, config)
+    if model.engine == "openai":
+        from roro_ray.engines.openai_api import OpenAIEngine
+
+        return OpenAIEngine.from_config(model, config)
     from roro_ray.engines.hf import HfEngine
 
     return HfEngine(
@@ -98,3 +107,8 @@ def make_engine(model: ModelConfig, config: PoolConfig) -> Engine:
         memo_entries=config.memo_entries,
         cache_mb=config.cache_mb,
     )
+
+
+def make_prices(model: ModelConfig) -> Prices:
+    """A model's prices in US dollars a token; the settings give them per million."""
+    return Prices(model.price_in / _MILLION, model.price_cached / _MILLION, model.price_out / _MILLION)
