@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
-from roro_ray.config import PoolConfig, RewardConfig
+from roro_ray.config import Config, PoolConfig, RewardConfig
 from roro_ray.engines.protocol import AdapterEngine, Engine
 from roro_ray.errors import CheckpointError, ConfigError, EngineError
 from roro_ray.learning.adapter_files import AdapterVersion
@@ -152,6 +152,15 @@ async def load_adapter(engine: Engine, adapter: AdapterVersion) -> None:
     if not hasattr(engine, "load_adapter"):
         raise EngineError(f"engine {engine.name!r} serves no adapters: choose engine=vllm or engine=hf for the reward")
     await cast(AdapterEngine, engine).load_adapter(adapter.name, adapter.path, adapter.version)
+
+
+def resolve_reward(config: Config) -> RewardConfig:
+    """The reward's settings with what follows from others: the base, and that the Judge reads no more than can be
+    learned from in one row."""
+    reward, lora = config.reward, config.lora
+    bounds = [bound for bound in (reward.judge_tokens, lora.token_budget) if bound]
+    path, revision = reward.engine.path or lora.base, reward.engine.revision or lora.revision
+    return replace(reward, engine=replace(reward.engine, path=path, revision=revision), judge_tokens=min(bounds))
 
 
 def open_engine_reward(
