@@ -148,6 +148,10 @@ class MicroBatcher(Generic[Q, R]):
         elif not future.cancelled():
             future.exception()  # so that the loop does not report an error that nobody took
 
+    async def run_between(self, work: Callable[[], None]) -> None:
+        """Run something in the worker thread, when the batch that it computes at the moment is over."""
+        await asyncio.wrap_future(self._executor.submit(work))
+
     def answer(self, results: list[tuple[Job[Q, R], R]]) -> None:
         """Give results to all who wait for them (worker thread)."""
         self._deliver([(job, result, None) for job, result in results])

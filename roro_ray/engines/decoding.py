@@ -59,6 +59,7 @@ class StepDecoder:
         most_tokens: int,
     ):
         self.stats = DecodeStats()
+        self._root = 0
         self._model = model
         self._text = text
         self._masks = masks
@@ -76,19 +77,23 @@ class StepDecoder:
         rows: Sequence[Row],
         on_finish: Callable[[list[Row]], None],
         keep: Callable[[list[Row]], list[Row]] = lambda alive: alive,
+        root: int = 0,
     ) -> None:
         """Decode rows, handing over each as it finishes.
 
         `keep(alive)` is asked after every token which of the unfinished rows to go on with: the others stay
-        unfinished, a token further, and may come again.
+        unfinished, a token further, and may come again. `root` tells the weights apart whose states are kept: 0 for the
+        model's own, a negative number for those of an adapter that is active in it.
         """
+        self._root = root
         for chunk in self._split(rows):
             batch, logits_BV = self._prefill(chunk)
             self._decode_batch(batch, logits_BV, on_finish, keep)
 
     @torch.inference_mode()
-    def score(self, rows: Sequence[Row]) -> None:
+    def score(self, rows: Sequence[Row], root: int = 0) -> None:
         """Fill the log-probabilities of rows that are only read."""
+        self._root = root
         for chunk in self._split(rows):
             batch, _ = self._prefill(chunk)
             self._store(batch, range(len(chunk)))
@@ -107,7 +112,8 @@ class StepDecoder:
 
     def _prefill(self, rows: list[Row]) -> tuple[Batch, torch.Tensor]:
         """Place rows and compute what their prefixes miss; gives the batch and its next tokens' logits (B, V)."""
-        found = [self._known.match(row.ids, len(row.ids) - row.needed) if self._known else [] for row in rows]
+        known, root = self._known, self._root
+        found = [known.match(row.ids, len(row.ids) - row.needed, root) if known else [] for row in rows]
         groups = self._group(list(zip(rows, found, strict=True)))
         pairs = [pair for group in groups for pair in group]
         batch = Batch([row for row, _ in pairs])
@@ -188,8 +194,9 @@ class StepDecoder:
         ended = []
         for i, row in enumerate(batch.rows):
             length = len(row.ids) - row.start
-            if length and (self._text.may_end[row.ids[-1]] or length >= row.max_tokens):
-                end = self._text.end(row.ids[row.start :], row.max_tokens)
+            ending = row.ending or self._text.ending
+            if length and (ending.may_end[row.ids[-1]] or length >= row.max_tokens):
+                end = self._text.end(row.ids[row.start :], row.max_tokens, ending)
                 if end is not None:
                     row.finish, row.text = end
                     ended.append(i)
@@ -226,7 +233,7 @@ class StepDecoder:
             return
         firsts = [batch.firsts[i] for i in which]
         sequences = [batch.rows[i].ids[: batch.column - first] for i, first in zip(which, firsts, strict=True)]
-        self._known.store(sequences, which, firsts, self._kv)
+        self._known.store(sequences, which, firsts, self._kv, self._root)
 
     def _forward(
         self, ids_BN: list[list[int]] | torch.Tensor, start: int, firsts: list[int], column: int, keep: int
@@ -241,7 +248,7 @@ class StepDecoder:
         self._kv.aim(slice(start, start + len(firsts)), column)
         self.stats.forward_passes += 1
         positions_BN = (queries_N - firsts_B1).clamp_(min=0)
-        if self._lean is not None and isinstance(masks, torch.Tensor):
+        if self._lean is not None and not self._root and isinstance(masks, torch.Tensor):
             return self._lean.forward(tokens_BN, positions_BN, masks, self._kv, keep)
         output: Any = self._model(
             input_ids=tokens_BN,

@@ -100,7 +100,8 @@ class PrefixKV:
     """The states of up to `capacity` tokens of earlier sequences, found by their ids, least recently used evicted.
 
     A token's slot is found by its parent's slot and its id, so the table is a trie with the slots as nodes. Slot 0
-    is the root and holds zeros. Touching a token touches its ancestors: no token outlives its parent.
+    is the root and holds zeros. Touching a token touches its ancestors: no token outlives its parent. Sequences that
+    were read with other weights have a `root` of their own: 0, or a negative number, which is no slot.
     """
 
     def __init__(self, shape: KVShape, capacity: int, vocabulary: int):
@@ -119,10 +120,10 @@ class PrefixKV:
         self._tick = 0
         self._unused = list(range(capacity, 0, -1))
 
-    def match(self, ids: Sequence[int], limit: int) -> list[int]:
+    def match(self, ids: Sequence[int], limit: int, root: int = 0) -> list[int]:
         """The slots of the longest known beginning of `ids`, at most `limit` tokens."""
         found: list[int] = []
-        slot, get, vocabulary = 0, self._slots.get, self._vocabulary
+        slot, get, vocabulary = root, self._slots.get, self._vocabulary
         for token in ids[:limit]:
             following = get(slot * vocabulary + token)
             if following is None:
@@ -143,15 +144,20 @@ class PrefixKV:
             part[:rows, :columns] = own.index_select(0, index).view(rows, columns, *part.shape[2:])
 
     def store(
-        self, sequences: Sequence[Sequence[int]], rows: Sequence[int], firsts: Sequence[int], source: BatchKV
+        self,
+        sequences: Sequence[Sequence[int]],
+        rows: Sequence[int],
+        firsts: Sequence[int],
+        source: BatchKV,
+        root: int = 0,
     ) -> None:
         """Keep the states of these sequences, which lie in `source` at the given rows from the given columns on."""
         slots: list[int] = []
         row_of: list[int] = []
         column_of: list[int] = []
         for ids, row, first in zip(sequences, rows, firsts, strict=True):
-            known = len(self.match(ids, len(ids)))
-            added = self._add(ids, known)
+            known = len(self.match(ids, len(ids), root))
+            added = self._add(ids, known, root)
             slots.extend(added)
             row_of.extend([row] * len(added))
             column_of.extend(range(first + known, first + known + len(added)))
@@ -166,12 +172,12 @@ class PrefixKV:
         for part, own in zip(source.parts, self._parts, strict=True):
             own.index_copy_(0, index, part[row_index, column_index].flatten(1))
 
-    def _add(self, ids: Sequence[int], known: int) -> list[int]:
+    def _add(self, ids: Sequence[int], known: int, root: int) -> list[int]:
         wanted = len(ids) - known
         if len(self._unused) < wanted:
             self._evict(wanted)
         added: list[int] = []
-        slot = self._walk(ids, known)
+        slot = self._walk(ids, known, root)
         for token in ids[known : known + len(self._unused)]:
             key = slot * self._vocabulary + token
             slot = self._unused.pop()
@@ -181,8 +187,8 @@ class PrefixKV:
         self._ticks[added] = self._tick
         return added
 
-    def _walk(self, ids: Sequence[int], length: int) -> int:
-        slot = 0
+    def _walk(self, ids: Sequence[int], length: int, root: int) -> int:
+        slot = root
         for token in ids[:length]:
             slot = self._slots[slot * self._vocabulary + token]
         return slot

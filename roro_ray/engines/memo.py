@@ -1,7 +1,8 @@
 """What greedy decoding wrote before: asked again, it would write the same.
 
-Only one run is kept for each prefix, the longest known: a shorter token limit is answered by cutting it, a kept
-peek that agrees with it is answered by it. Prefixes are held as 16-byte digests, since texts would dominate.
+Only one run is kept for each prefix (and adapter, and way to end), the longest known: a shorter token limit is answered
+by cutting it, a kept peek that agrees with it is answered by it. Prefixes are held as 16-byte digests, since texts
+would dominate.
 """
 
 from __future__ import annotations
@@ -9,7 +10,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 
+from roro_ray.config import STEP_DELIMITER
 from roro_ray.engines.protocol import ChoiceScores, StepRequest, StepResult
+from roro_ray.engines.scoring import ScoreRequest
+
+_USUAL = (STEP_DELIMITER, (), 0, "")  # how most steps end, and under which adapter
 
 
 class GreedyMemo:
@@ -30,7 +35,7 @@ class GreedyMemo:
         """The result that decoding this request would give, or None where that is not known."""
         if request.temperature > 0 or not self._entries:
             return None
-        known = self._steps.get(_digest(request.prefix))
+        known = self._steps.get(_digest_step(request))
         if known is None or known.token_ids[: len(request.kept_ids)] != request.kept_ids:
             return None
         length = len(known.token_ids)
@@ -43,7 +48,7 @@ class GreedyMemo:
         """Remember a decoded greedy step, unless a longer run of the same prefix is known."""
         if request.temperature > 0 or not self._entries or not self._is_greedy(request):
             return
-        digest = _digest(request.prefix)
+        digest = _digest_step(request)
         known = self._steps.get(digest)
         if known is not None and len(known.token_ids) >= len(result.token_ids):
             return
@@ -55,7 +60,7 @@ class GreedyMemo:
         """Whether the kept ids are what greedy decoding wrote (only a run that we saw tells)."""
         if not request.kept_ids:
             return True
-        known = self._steps.get(_digest(request.prefix))
+        known = self._steps.get(_digest_step(request))
         return known is not None and known.token_ids[: len(request.kept_ids)] == request.kept_ids
 
     def _cut(self, known: StepResult, length: int) -> StepResult:
@@ -77,21 +82,32 @@ class ScoreMemo:
         self._entries = entries
         self._scores: dict[bytes, ChoiceScores] = {}
 
-    def find(self, prefix: str, choices: tuple[str, ...]) -> ChoiceScores | None:
+    def find(self, request: ScoreRequest) -> ChoiceScores | None:
         """The scores that this request would get, or None where that is not known."""
-        return self._scores.get(_digest_choices(prefix, choices)) if self._entries else None
+        return self._scores.get(_digest_choices(request)) if self._entries else None
 
-    def keep(self, prefix: str, choices: tuple[str, ...], scores: ChoiceScores) -> None:
+    def keep(self, request: ScoreRequest, scores: ChoiceScores) -> None:
         """Remember the scores of a request."""
         if self._entries:
             while len(self._scores) >= self._entries:
                 self._scores.pop(next(iter(self._scores)), None)
-            self._scores[_digest_choices(prefix, choices)] = scores
+            self._scores[_digest_choices(request)] = scores
 
 
-def _digest_choices(prefix: str, choices: tuple[str, ...]) -> bytes:
+def _digest_step(request: StepRequest) -> bytes:
+    stops = tuple(filter(None, request.stops))
+    if (request.delimiter, stops, request.min_tokens, request.adapter) == _USUAL:
+        return _digest(request.prefix)
+    return _digest_all((request.prefix, request.adapter, str(request.min_tokens), request.delimiter, *stops))
+
+
+def _digest_choices(request: ScoreRequest) -> bytes:
+    return _digest_all((request.prefix, request.adapter, *request.choices))
+
+
+def _digest_all(parts: tuple[str, ...]) -> bytes:
     # Each part by its own digest, so that no two requests can run together into one text.
-    return hashlib.blake2b(b"".join(map(_digest, (prefix, *choices))), digest_size=16).digest()
+    return hashlib.blake2b(b"".join(map(_digest, parts)), digest_size=16).digest()
 
 
 def _digest(prefix: str) -> bytes:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from roro_ray.engines.text import Ending
+
 
 @dataclass(slots=True)
 class Row:
@@ -17,7 +19,7 @@ class Row:
 
     `ids` are the prefix and the step so far; `start` is the length of the prefix. `log_probs` holds those of the
     step's tokens that are known: kept ids have none at first. `alternatives` are tokens that could come next, to be
-    given their log-probabilities (scoring).
+    given their log-probabilities (scoring). `ending` says what ends the step (None: what ends any other).
     """
 
     ids: list[int]
@@ -31,6 +33,7 @@ class Row:
     first_entropy: float = math.nan
     finish: str | None = None
     text: str = ""
+    ending: Ending | None = None
 
     @property
     def needed(self) -> int:

@@ -14,10 +14,11 @@ from roro_ray.engines.rows import Row
 
 @dataclass(frozen=True, slots=True)
 class ScoreRequest:
-    """Ask for the probabilities of given continuations of a prefix."""
+    """Ask for the probabilities of given continuations of a prefix, under an adapter (empty: the base model)."""
 
     prefix: str
     choices: tuple[str, ...]
+    adapter: str = ""
 
 
 class ScoreRows:

@@ -15,18 +15,20 @@ from typing import Any
 
 from roro_ray.engines.protocol import StepDelta
 from roro_ray.engines.rows import Row
-from roro_ray.engines.text import HALF_CHARACTER, StepText
+from roro_ray.engines.text import HALF_CHARACTER, Ending, StepText
 
 
 class StepStream:
     """The tokens of one step between decode thread and reader; made in the reader's event loop.
 
-    `kept_ids` are the beginning that the reader knows: neither they nor their text are told again.
+    `kept_ids` are the beginning that the reader knows: neither they nor their text are told again. `ending` says what
+    ends the step (None: what ends any other).
     """
 
-    def __init__(self, text: StepText, kept_ids: tuple[int, ...]):
+    def __init__(self, text: StepText, kept_ids: tuple[int, ...], ending: Ending | None = None):
         self.loop = asyncio.get_running_loop()
         self._text = text
+        self._ending = ending
         self._ids = list(kept_ids)
         self._told = len(text.render(kept_ids).rstrip(HALF_CHARACTER)) if kept_ids else 0
         self._put = len(kept_ids)
@@ -70,7 +72,7 @@ class StepStream:
 
     def _make_delta(self, tokens: list[int]) -> StepDelta:
         self._ids += tokens
-        certain = self._text.certain(self._ids)
+        certain = self._text.certain(self._ids, self._ending)
         new = certain[self._told :]
         self._told += len(new)
         return StepDelta(tuple(tokens), new)
