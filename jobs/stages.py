@@ -62,12 +62,11 @@ def open_pool(config: Config) -> Iterator[RolloutPool]:
 
 def collect_stage(config: Config, run: RunDir, pool: RolloutPool) -> None:
     """Stage 1: roll out every strategy on the training queries."""
-    from roro_ray.data.collection import collect
-    from roro_ray.plan import count_collected
+    from roro_ray.data.collection import collect, plan_shards
 
     if _is_done(run, "collect"):
         return
-    total = count_collected(config)
+    total = sum(len(shard.specs) for shard in plan_shards(config))
     with run_stage(run, "collect", "Collect trajectories") as facts, Progress("collect", total, "episodes") as bar:
         over = 0
 

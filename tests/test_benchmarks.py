@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes import ScriptedEngine, make_fake_pool, run_specs, write_notes
 
 from roro_ray.config import Config, DataConfig
 from roro_ray.data.benchmarks import BENCHMARKS, Benchmark, Problem, load_benchmark
+from roro_ray.data.collection import plan_shards
 from roro_ray.data.dataset_files import load_rows
+from roro_ray.data.scoring import AnswerScorer
 from roro_ray.data.sources import (
     describe_sources,
     digest_text,
@@ -22,8 +25,9 @@ from roro_ray.data.sources import (
     suite_names,
 )
 from roro_ray.errors import ConfigError, DataError
+from roro_ray.routing.runner import Runner
 from roro_ray.settings import load_config
-from roro_ray.types import Query
+from roro_ray.types import Query, Trajectory
 from roro_ray.world.tasks import SPLITS, make_queries
 
 _ROOT = Path(os.environ.get("RORO_BENCHMARKS") or Path(__file__).resolve().parents[2] / "shared" / "benchmarks")
@@ -359,3 +363,34 @@ def test_wrong_settings_are_refused(overrides: list[str], words: list[str]) -> N
 def test_sources_of_ones_own_and_of_unused_benchmarks_are_settings() -> None:
     config = load_config(["data.suites=[mine,chain]", "data.sources={mine: a.jsonl, gsm8k: b.jsonl}"])
     assert describe_sources(config.data)["sources"] == {"mine": "a.jsonl"}
+
+
+@pytest.mark.slow
+def test_a_benchmark_is_collected_and_scored(tmp_path: Path) -> None:
+    rows = [
+        {"problem": "Half of one?", "answer": "\\frac{1}{2}"},
+        {"problem": "Half of two?", "answer": "1"},
+        {"problem": "Broken?", "answer": "\\frac{"},
+    ]
+    path = write_rows(tmp_path / "rows" / "train.jsonl", rows)
+    write_rows(tmp_path / "rows" / "test.jsonl", make_rows(1))
+    overrides = ["data.suites=[mine]", f"data.sources={{mine: {path.parent}}}", "data.train_queries=9"]
+    config = load_config([*overrides, "data.split_shares=[1,0,0]", "collect.strategies=[fixed:0,fixed:1]"])
+    pool = make_fake_pool(
+        ScriptedEngine("small", write_notes(1, "0.5")), ScriptedEngine("large", write_notes(1, "0.5"))
+    )
+    scorer = AnswerScorer.from_config(config.data)
+    runner = Runner(pool, None, config.episode, scorer=scorer)
+    with pytest.warns(UserWarning, match="mine has 3 of the 9 train queries"):
+        (shard,) = plan_shards(config)
+    try:
+        results = run_specs(runner, shard.specs)
+    finally:
+        scorer.close()
+    trajectories = {result.query_id: result for result in results if isinstance(result, Trajectory)}
+    assert len(results) == 6 and len(trajectories) == 3
+    half, one, broken = (trajectories[f"mine/train/{row}"] for row in range(3))
+    assert (half.answer, half.correct, half.error) == ("0.5", True, None)
+    assert (one.answer, one.correct, one.error) == ("0.5", False, None)
+    assert broken.correct is None and broken.error is not None and "gold answer" in broken.error
+    assert scorer.counts == {"right": 2, "wrong": 2, "gold": 2}
