@@ -35,12 +35,16 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 
 
 def load_model(directory: str | None, config: RewardConfig) -> Any:
-    """The reward model saved in a directory, or the shipped warm start where none is named.
+    """The reward model saved in a directory, or the shipped warm start (of adapters: their base) where none is named.
 
     The Judge computes in `reward.judge_dtype`: in float32 the last bits of a verdict depend on what is judged with it.
     """
     import torch
 
+    if config.backend == "engine":
+        from roro_ray.reward.engine_reward import load_engine_reward
+
+        return load_engine_reward(directory, config)
     from roro_ray.reward.model import load_reward, make_reward
 
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16)}
@@ -211,14 +215,20 @@ class RewardClient:
             CheckpointError: no complete reward model lies in the directory.
             DeadlineError: not ready within `ray.timeout_s`.
         """
-        settings = config.ray
-        bundle = {"CPU": settings.reward_cpus, "GPU": settings.reward_gpus}
+        settings, reward = config.ray, config.reward
+        gpus = settings.reward_gpus
+        if reward.backend == "engine":  # the service's process hosts the engine
+            from roro_ray.reward.engine_reward import resolve_reward
+
+            reward = resolve_reward(config)
+            gpus = gpus or reward.engine.gpus * reward.engine.tensor_parallel
+        bundle = {"CPU": settings.reward_cpus, "GPU": gpus}
         wait_for_resources([bundle], "the reward service", settings.timeout_s, settings.autoscaler)
         actor = ray.remote(RewardService).options(
-            num_cpus=settings.reward_cpus, num_gpus=settings.reward_gpus, max_restarts=-1, max_task_retries=2
+            num_cpus=settings.reward_cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=2
         )
         place = None if directory is None else str(Path(directory).resolve())
-        handle = actor.remote(place, config.reward, config.seed, load)
+        handle = actor.remote(place, reward, config.seed, load)
         try:
             wait_for(handle.ready.remote(), "reward service: ready", settings.timeout_s, handle)
         except BaseException:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jobs._cli import run_stage, say
 from jobs._progress import Progress
 from roro_ray.config import Config
-from roro_ray.data.run_dir import RunDir, read_json, write_json
+from roro_ray.data.run_dir import RunDir, read_json
 
 if TYPE_CHECKING:
     from actors.reward_service import RewardClient
@@ -111,12 +111,8 @@ def pairs_stage(config: Config, run: RunDir, pool: RolloutPool) -> None:
 
 
 def reward_stage(config: Config, run: RunDir) -> None:
-    """Stage 3: Rubricor and Judge by alternating optimisation; needs no Ray."""
-    from roro_ray.data.collection import training_queries
-    from roro_ray.data.store import load_pairs, load_trajectories
-    from roro_ray.reward.alternate import alternate
-    from roro_ray.reward.model import make_reward, save_reward
-    from roro_ray.reward.preference import group_pairs
+    """Stage 3: Rubricor and Judge by alternating optimisation; needs Ray with reward.backend=engine only."""
+    from jobs.reward_stages import learn_engine_reward, learn_local_reward
 
     if _is_done(run, "learn_reward"):
         return
@@ -129,13 +125,8 @@ def reward_stage(config: Config, run: RunDir) -> None:
             run.log({"stage": "learn_reward", **metrics})
             bar.advance()
 
-        items = group_pairs(training_queries(config), load_trajectories(run.trajectories), load_pairs(run.pairs))
-        trained, result = alternate(
-            make_reward(settings), items, config.pairs.folds, config.seed, run.reward / "rounds", on_update
-        )
-        summary = result.as_summary()
-        write_json(run.reward / "result.json", summary)
-        save_reward(trained, run.reward / "model")
+        learn = learn_engine_reward if settings.backend == "engine" else learn_local_reward
+        summary = learn(config, run, on_update)
         facts.update(_round_all(summary["pair_accuracy"], ("warm", "trained", "shuffled_rubrics", "fixed_rubric")))
 
 
@@ -240,6 +231,8 @@ def _make_explain(config: Config, run: RunDir) -> Any:
         return None
 
     def explain(queries: Sequence[Any], trajectories: Sequence[Any]) -> list[Any]:
+        if config.reward.backend == "engine":
+            return _explain_by_service(config, run, queries, trajectories)
         from roro_ray.reward.model import load_reward
 
         reward = load_reward(run.reward / "model", config.reward)
@@ -250,6 +243,19 @@ def _make_explain(config: Config, run: RunDir) -> Any:
     return explain
 
 
+def _explain_by_service(config: Config, run: RunDir, queries: Sequence[Any], trajectories: Sequence[Any]) -> list[Any]:
+    """The same where Rubricor and Judge are adapters, whose engine wants a process and a device of its own."""
+    from actors.reward_service import RewardClient
+
+    client = RewardClient.start(config, run.reward / "model")
+    try:
+        rubrics = client.write_rubrics(queries)
+        verdicts = client.score(queries, [[trajectory] for trajectory in trajectories])
+    finally:
+        client.stop()
+    return [(rubric, verdict[0]) for rubric, verdict in zip(rubrics, verdicts, strict=True)]
+
+
 @contextmanager
 def _open_reward(config: Config, run: RunDir) -> Iterator[RewardClient | None]:
     from actors.reward_service import RewardClient
@@ -258,8 +264,9 @@ def _open_reward(config: Config, run: RunDir) -> Iterator[RewardClient | None]:
         with nullcontext():
             yield None
         return
-    warm = config.reward.rubric_source == "warm"
-    client = RewardClient.start(config, None if warm else run.reward / "model")
+    from jobs.reward_stages import find_reward
+
+    client = RewardClient.start(config, find_reward(config, run))
     try:
         yield client
     finally:

@@ -24,13 +24,14 @@ from roro_ray.data.files import write_whole
 from roro_ray.errors import ConfigError, DataError
 from roro_ray.settings import changed_keys, load_saved_config, save_config
 
-STAGES = ("collect", "make_pairs", "learn_reward", "train_router", "evaluate")
+STAGES = ("collect", "make_pairs", "warm_start", "learn_reward", "train_router", "evaluate")
 _SUITE_KEYS = ("data.suites", "data.train_suites", "data.sources", "data.split_shares")
 # The settings that shape each stage's output; `ray`, `wandb` and `run_dir` never do.
 STAGE_KEYS: dict[str, tuple[str, ...]] = {
     "collect": ("seed", "pool.models", *_SUITE_KEYS, "data.train_queries", "data.seed", "episode.", "collect."),
     "make_pairs": ("pairs.",),
-    "learn_reward": ("reward.",),
+    "warm_start": ("warm.",),
+    "learn_reward": ("reward.", "lora."),
     "train_router": ("router.", "data.router_queries"),
     "evaluate": ("evaluate.", "data.validation_queries", "data.test_queries"),
 }
@@ -39,6 +40,11 @@ _FREE_KEYS = (
     "episode.timeout_s",
     "reward.queue_size",
     "reward.timeout_s",
+    "reward.concurrency",
+    "warm.concurrency",
+    *(f"lora.{key}" for key in ("attention", "gradient_checkpointing", "token_budget", "logits_chunk", "strategy")),
+    *(f"lora.{key}" for key in ("workers", "cpus", "gpus", "checkpoint_every", "max_failures", "transport")),
+    "lora.timeout_s",
     "router.iterations",
     "router.workers",
     "router.max_failures",
@@ -180,6 +186,7 @@ def _has_output(run: RunDir, stage: str) -> bool:
     folders = {
         "collect": run.trajectories,
         "make_pairs": run.pairs,
+        "warm_start": run.path / "warm" / "model",  # what was written before may serve other settings
         "learn_reward": run.reward,
         "train_router": run.path / "router",
         "evaluate": run.evaluation,

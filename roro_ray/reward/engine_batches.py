@@ -15,9 +15,11 @@ from roro_ray.errors import ConfigError
 from roro_ray.learning.grpo import make_advantages
 from roro_ray.learning.sequences import Completion, TokenBatch, make_token_batch
 from roro_ray.reward.engine_judge import Reading
+from roro_ray.reward.engine_reward import EngineReward
 from roro_ray.reward.engine_rubricor import RubricSample
 from roro_ray.reward.judge_text import VERDICTS
 from roro_ray.reward.phases import reward_verdicts
+from roro_ray.reward.prompts import is_chat
 from roro_ray.types import Rubric
 
 
@@ -43,6 +45,15 @@ class Codec:
         """As the engine encodes it: a chat prompt spells its own control tokens."""
         ids: list[int] = self.tokenizer.encode(prompt, add_special_tokens=not self.chat)
         return ids
+
+
+def make_codec(tokenizer: Any, reward: EngineReward) -> Codec:
+    """The codec of a reward's base.
+
+    Raises:
+        ConfigError: yes or no are not one token each.
+    """
+    return Codec(tokenizer, is_chat(reward.rubricor.form))
 
 
 def make_empty_batch() -> TokenBatch:

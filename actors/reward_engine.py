@@ -1,0 +1,52 @@
+"""The engine that serves Rubricor and Judge, and the strong LLM of a warm start, in actors of their own.
+
+Beside the learner of adapters, which computes with the same base, so that each can have its own device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import ray
+
+from actors.adapters import deliver
+from actors.engines import EngineActor, MakeEngine, RemoteEngine, make_model_engine
+from actors.waiting import wait_for, wait_for_resources
+from roro_ray.config import Config, ModelConfig, PoolConfig
+from roro_ray.engines.protocol import Engine
+from roro_ray.learning.adapter_files import AdapterVersion
+
+
+@contextmanager
+def open_model(config: Config, model: ModelConfig, make: MakeEngine = make_model_engine) -> Iterator[RemoteEngine]:
+    """An actor with one model, ready; it ends with the block.
+
+    Raises:
+        ResourceError: the cluster cannot give what it asks for.
+        DeadlineError: not ready within `ray.timeout_s`.
+        EngineError: the model does not load.
+    """
+    gpus = (model.gpus or config.ray.engine_gpus) * model.tensor_parallel
+    bundle = {"CPU": config.ray.engine_cpus, "GPU": gpus}
+    wait_for_resources([bundle], f"model {model.name}", config.ray.timeout_s, config.ray.autoscaler)
+    options = {"num_cpus": config.ray.engine_cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 3}
+    # The pool's settings of memory and batches, and this model alone.
+    pool = PoolConfig([model], config.pool.batch_size, config.pool.memo_entries, config.pool.cache_mb)
+    actor = ray.remote(EngineActor).options(**options).remote(partial(make, model, pool))
+    try:
+        wait_for(actor.ready.remote(), f"model {model.name}: ready", config.ray.timeout_s, actor)
+        yield RemoteEngine(model.name, actor, config.reward.timeout_s)
+    finally:
+        ray.kill(actor)
+
+
+def make_deliver(transport: str) -> Callable[[Engine, AdapterVersion], Coroutine[Any, Any, None]]:
+    """Brings adapters to an engine as `lora.transport` says."""
+
+    async def bring(engine: Engine, adapter: AdapterVersion) -> None:
+        await deliver(adapter, [engine], transport)
+
+    return bring
