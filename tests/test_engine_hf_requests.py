@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from roro_ray.engines.hf import HfEngine
 from roro_ray.engines.loading import load_model
 from roro_ray.engines.protocol import PrefixIds, Prices, StepDelta, StepRequest, StepResult
-from roro_ray.errors import ConfigError
+from roro_ray.errors import ConfigError, EngineError
 
 pytestmark = pytest.mark.timeout(60)
 ModelMaker = Callable[..., Path]
@@ -205,6 +205,16 @@ def test_facts_tell_format_prices_and_active_parameters(tiny_model: ModelMaker) 
     assert world.flops_per_token == 2.0 * world.parameters and world.format.open("q") == "q\n\n"
     with pytest.raises(ConfigError, match="no chat template"):
         make_engine("world:small")
+
+
+def test_a_context_shorter_than_the_positions_is_kept_to(tiny_model: ModelMaker) -> None:
+    engine = make_engine(tiny_model(), max_context=30)
+    assert asyncio.run(engine.ready()).max_context == 30
+    assert generate(engine, [StepRequest("1 + 1", 26)])[0].prefix_tokens == 4
+    with pytest.raises(EngineError, match="more than the model's 30 positions"):
+        generate(engine, [StepRequest("1 + 1", 27)])
+    with pytest.raises(ConfigError, match="more than its 4096 positions"):
+        make_engine(tiny_model(), max_context=5000)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

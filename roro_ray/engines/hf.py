@@ -24,7 +24,7 @@ from roro_ray.engines.scoring import ScoreRequest
 from roro_ray.engines.streaming import StepStream
 from roro_ray.engines.text import StepText
 from roro_ray.engines.worker import BatchWorker, EngineJob, Request, Result
-from roro_ray.errors import EngineError
+from roro_ray.errors import ConfigError, EngineError
 
 __all__ = ["EngineStats", "HfEngine", "resolve_model_path"]
 
@@ -49,7 +49,8 @@ class HfEngine:
     bounds the requests of one batch; `memo_entries` the greedy steps remembered (0: none); `cache_mb` the MiB of
     key/value states kept between steps (0: none) and, again, those of one batch; `max_wait_s` holds batches back for
     more requests. `model_format` and `thinking` choose the prompt format (`make_format`), `prices` are told as they
-    are, `adapters` bounds the LoRA adapters served at once.
+    are, `adapters` bounds the LoRA adapters served at once, `max_context` the tokens of prefix and step together (0: as
+    many as the model has positions).
 
     Text is what this engine goes by: it takes no ids of prefixes, and what it finds in its own cache depends on the
     batches, so that it counts no prefix as cached.
@@ -70,6 +71,7 @@ class HfEngine:
         revision: str = "",
         prices: Prices = _NO_PRICES,
         adapters: int = 0,
+        max_context: int = 0,
     ):
         self.name = name
         self.path = path
@@ -82,6 +84,7 @@ class HfEngine:
         self.revision = revision
         self.prices = prices
         self.adapters = adapters
+        self.max_context = max_context
         self._scores = ScoreMemo(memo_entries)
         self._requests = 0
         self._memo_hits = 0
@@ -106,7 +109,7 @@ class HfEngine:
         """Load the model; again at no cost.
 
         Raises:
-            ConfigError: the dtype, the device or the name of a shipped model is wrong.
+            ConfigError: the dtype, the device, the name of a shipped model, the prompt format or the context is wrong.
             EngineError: the model directory is missing, incomplete, has no tokenizer or no safetensors.
         """
         return self._facts if self._facts is not None else await asyncio.to_thread(self._load)
@@ -236,7 +239,8 @@ class HfEngine:
             self._memo = GreedyMemo(self.memo_entries, self._text.render)
             self._adapters = AdapterSet(loaded.model, self.adapters)
             self._decoder = self._make_decoder(loaded)
-            parts = (self._text, self._decoder, self._adapters, self._memo, loaded.max_positions)
+            positions = self._read_positions(loaded.max_positions)
+            parts = (self._text, self._decoder, self._adapters, self._memo, positions)
             self._worker = BatchWorker(self.name, self._batcher, *parts)
             path = str(Path(self.path)) if ":" not in self.path else self.path
             self._facts = EngineFacts(
@@ -249,9 +253,17 @@ class HfEngine:
                 fingerprint=loaded.fingerprint,
                 format=written,
                 prices=self.prices,
-                max_context=loaded.max_positions,
+                max_context=positions,
             )
             return self._facts
+
+    def _read_positions(self, most: int | None) -> int | None:
+        if most is not None and self.max_context > most:
+            raise ConfigError(
+                f"max_context={self.max_context} of model {self.name!r} is more than its {most} positions: lower it, "
+                "or take a model with a longer context"
+            )
+        return self.max_context or most
 
     def _make_decoder(self, loaded: LoadedModel) -> StepDecoder:
         tokens = (self.cache_mb << 20) // loaded.shape.bytes_per_token

@@ -106,6 +106,12 @@ def make_engine(model: ModelConfig, config: PoolConfig) -> Engine:
         batch_size=config.batch_size,
         memo_entries=config.memo_entries,
         cache_mb=config.cache_mb,
+        model_format=model.format,
+        thinking=model.thinking,
+        revision=model.revision,
+        prices=make_prices(model),
+        adapters=model.adapters,
+        max_context=model.max_context,
     )
 
 
