@@ -19,7 +19,10 @@ def format_results(summary: Mapping[str, Any], run: RunDir) -> str:
     entries = summary["suites"]["overall"]
     large = entries.get("large", {}).get("flops")
     rows = [_row(summary, method, entry, large) for method, entry in entries.items()]
-    header = ("method", "accuracy", "large share", "FLOPs/large", "decoded/large")
+    header: tuple[str, ...] = ("method", "accuracy", "large share", "FLOPs/large", "decoded/large")
+    if any(entry.get("usd") is not None for entry in entries.values()):
+        header += ("USD/1000 queries",)
+        rows = [(*row, _dollars(entry.get("usd"))) for row, entry in zip(rows, entries.values(), strict=True)]
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
     rule = "  ".join("-" * width for width in widths)
@@ -38,6 +41,10 @@ def format_results(summary: Mapping[str, Any], run: RunDir) -> str:
             f"Report: {run.report.resolve()}",
         ]
     )
+
+
+def _dollars(each: float | None) -> str:
+    return "-" if each is None else f"{1000 * each:.3f}"
 
 
 def format_calibration(calibration: Calibration, saved: Path) -> str:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from jobs import costs
 from roro_ray.config import Config
+from roro_ray.estimate.costs import make_cost_table
 from roro_ray.estimate.describe import describe_estimate, show_count
 from roro_ray.estimate.memory import check_together, count_adapter, plan_roles, stage_gpus
 from roro_ray.estimate.speed import measure_speed, stage_dollars
@@ -16,6 +18,7 @@ from roro_ray.settings import load_config
 
 pytestmark = pytest.mark.timeout(30)
 GIB = 2**30
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -161,3 +164,17 @@ def test_the_embedded_world_in_memory_is_not_estimated() -> None:
 
 def test_counts_are_short() -> None:
     assert [show_count(value) for value in (12, 3_400, 1.72e9, 2e18)] == ["12 ", "3.4 k", "1.72 G", "2 E"]
+
+
+def test_the_cost_table_sets_flops_beside_prices(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = configure(model)
+    config.pool.models[1].price_in, config.pool.models[1].price_out = 1.0, 4.0
+    table = make_cost_table(config).splitlines()
+    small, large = table[1].split(), table[2].split()
+    assert small == ["a", "1", "G", "1", "G", "2", "G", "20", "9000", "-", "-", "-", "-"]
+    assert large[-4:] == ["1", "-", "4", "2"]  # 4e-6 USD for 2e9 FLOP is 2 USD a PFLOP
+    alone = next(line for line in table if line.startswith("b alone")).split()
+    assert alone[2:] == ["2.4", "T", "1.00", "0.00420", "1.00"]  # 1,200 tokens x 2 GFLOP; 200 x 1 + 1,000 x 4 micro-USD
+    assert costs.main(["--config", str(ROOT / "configs" / "api_pair.yaml")]) == 0
+    assert "USD/PFLOP" in capsys.readouterr().out
+    assert costs.main(["pool.modles=[]"]) == 2 and "did you mean" in capsys.readouterr().err

@@ -37,19 +37,19 @@ def describe_estimate(config: Config) -> list[str]:
 
 def _read_shapes(config: Config) -> dict[str, Shape | None]:
     """Shapes by the name of the work: pool models by name, then router encoder, Rubricor and Judge."""
-    shapes = {model.name: _pool_shape(model) for model in config.pool.models}
+    shapes = {model.name: pool_shape(model) for model in config.pool.models}
     if config.router.encoder:
         shapes[ROUTER] = read_shape(config.router.encoder, config.router.encoder_revision)
     adapted = config.reward.backend == "engine"
     for name, path in ((RUBRICOR, config.reward.rubricor), (JUDGE, config.reward.judge)):
         served = replace(config.reward.engine, path=config.lora.base, revision=config.lora.revision)
-        shapes[name] = _pool_shape(served) if adapted else read_shape(path)
+        shapes[name] = pool_shape(served) if adapted else read_shape(path)
     if adapted and not config.warm.writer:
-        shapes[WRITER] = _pool_shape(config.warm.engine)
+        shapes[WRITER] = pool_shape(config.warm.engine)
     return shapes
 
 
-def _pool_shape(model: ModelConfig) -> Shape | None:
+def pool_shape(model: ModelConfig) -> Shape | None:
     """The shape of a model that runs here, or what the settings say of the size of one behind an API."""
     if model.engine != "openai":
         return read_shape(model.path, model.revision)

@@ -55,6 +55,7 @@ def make_headline(overall: Mapping[str, Any], slack: float) -> dict[str, Any]:
             f"the steps to the small model"
         )
     lead += _flops_clause(flops, flops_ci, "and saves " if not reached else "and ")
+    lead += _money_clause(versus.get("usd_saved"), versus["ci"].get("usd_saved"))
     return {
         "text": f"{lead} {caveat}".strip(),
         "lead": lead,
@@ -107,6 +108,15 @@ def _flops_clause(saved: float | None, interval: list[float] | None, join: str) 
     if saved < 0:
         return f", but computes {_percent(-saved)}{_span(_negate(interval))} more FLOPs, prefill and drafts included."
     return f" {join}{_percent(saved)}{_span(interval)} of its FLOPs, prefill and drafts included."
+
+
+def _money_clause(saved: float | None, interval: list[float] | None) -> str:
+    """What the pool's prices make of it; nothing where no model has one."""
+    if saved is None:
+        return ""
+    if saved < 0:
+        return f" By the pool's prices it costs {_percent(-saved)}{_span(_negate(interval))} more."
+    return f" By the pool's prices it saves {_percent(saved)}{_span(interval)} of the money."
 
 
 def _percent(value: float) -> str:

@@ -7,7 +7,7 @@ and never infinite.
 
 Definitions, with s and l the accuracies of the small and the large model alone on the same queries:
 
-- `accuracy`, `flops`, `flops_decode`, `large_tokens`, `steps`, `tokens_out`: means per query.
+- `accuracy`, `flops`, `flops_decode`, `large_tokens`, `steps`, `tokens_out`, `usd`: means per query.
 - `cost_share`: the large model's share of a query's steps, mean over queries.
 - `pgr` = (accuracy - s) / (l - s), the performance gap recovered (RouteLLM, arXiv 2406.18665, section 2).
 - `frontier_area`: area under accuracy over cost share in [0, 1]; the line joins the small model alone, the
@@ -36,7 +36,7 @@ from roro_ray.evaluation.frontier import accuracy_at_cost, curve_area, first_cos
 from roro_ray.routing.episode import EpisodeFailure
 from roro_ray.types import Trajectory
 
-QUANTITIES = ("accuracy", "cost_share", "flops", "flops_decode", "large_tokens", "steps", "tokens_out")
+QUANTITIES = ("accuracy", "cost_share", "flops", "flops_decode", "large_tokens", "steps", "tokens_out", "usd")
 COST_AXES = ("cost_share", "flops", "large_tokens")
 GAP_LEVELS = (50, 80, 95)
 FRONTIER_METRICS = (
@@ -104,6 +104,7 @@ def make_scores(setting: str, outcomes: Sequence[Trajectory | EpisodeFailure]) -
                 _large_tokens(outcome),
                 len(outcome.steps),
                 outcome.usage.tokens_out,
+                outcome.usage.usd,
             )
     return Scores(setting, values_KQ, failed, unscorable, error)
 
@@ -209,13 +210,13 @@ def _ratio(numerator_R: Floats, denominator_R: Floats) -> Floats:
 
 
 def measure_difference(scores: Scores, other: Scores, weights_RQ: Floats) -> dict[str, Floats]:
-    """Paired differences (this minus other) over the queries that both have, and the share of FLOPs saved."""
+    """Paired differences (this minus other) over the queries that both have; the shares of FLOPs and money saved."""
     figures = {
         name: weighted_means(_scored(scores, name) - _scored(other, name), weights_RQ)
-        for name in ("accuracy", "cost_share", "flops", "flops_decode")
+        for name in ("accuracy", "cost_share", "flops", "flops_decode", "usd")
     }
     both = np.isfinite(scores.of("accuracy")) & np.isfinite(other.of("accuracy"))
-    for name in ("flops", "flops_decode"):
+    for name in ("flops", "flops_decode", "usd"):
         base = weighted_means(np.where(both, other.of(name), np.nan), weights_RQ)
         figures[f"{name}_saved"] = _ratio(-figures[name], base)
     return figures

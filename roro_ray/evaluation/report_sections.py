@@ -57,6 +57,7 @@ def make_method_table(entries: Mapping[str, Entry], titles: Mapping[str, str]) -
         "Frontier area", "APGR", "CPT 95, %",
     )  # fmt: skip
     large = entries.get("large", {})
+    priced = any(entry.get("usd") is not None for entry in entries.values())
     rows = []
     for method, entry in entries.items():
         ci, versus = entry["ci"], entry.get("vs_large", {})
@@ -72,8 +73,10 @@ def make_method_table(entries: Mapping[str, Entry], titles: Mapping[str, str]) -
             _cell(entry["apgr"], ci["apgr"], 1, 2),
             _cell(entry["cpt95"], ci["cpt95"], 100, 0),
         ]
+        if priced:
+            cells.append(_cell(entry.get("usd"), ci.get("usd"), 1000, 3))
         rows.append(f'<tr class="{"own" if method.startswith("roro") else ""}">{"".join(cells)}</tr>')
-    header = "".join(f"<th>{name}</th>" for name in head)
+    header = "".join(f"<th>{name}</th>" for name in (*head, *(("USD / 1,000 queries",) if priced else ())))
     return _table(header, rows)
 
 

@@ -41,7 +41,8 @@ COSTS = """
 text that a writer has not seen yet when it takes over, drafts that are thrown away, the drafts that a verifier
 reads, and the router itself. Each model keeps its cache, so that no token is read twice.</p>
 <p><b>Decoded FLOPs</b>, the convention of most papers, count written tokens only; a method that peeks or verifies
-looks cheaper by them than it is. <b>Large share</b> counts steps and nothing else. The oracle is charged for the
+looks cheaper by them than it is. <b>USD</b>, where the pool's models have prices, are for tokens read, sent again with
+every step and written. <b>Large share</b> counts steps and nothing else. The oracle is charged for the
 solution that it found, not for its search.</p>
 """
 

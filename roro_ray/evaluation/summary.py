@@ -90,6 +90,7 @@ def _summarise_group(sweeps: Mapping[str, Sweep], columns: np.ndarray, weights_R
     frontiers = {
         method: measure_frontier(sweep, small, large, weights_RQ) for method, sweep in taken.items() if sweep.corners
     }
+    priced = any(np.nansum(scores.of("usd")) > 0 for sweep in sweeps.values() for scores in sweep.test)
     entries = {}
     for method, sweep in taken.items():
         figures = measure_setting(sweep.operating, small, large, weights_RQ)
@@ -114,8 +115,14 @@ def _summarise_group(sweeps: Mapping[str, Sweep], columns: np.ndarray, weights_R
                     **{name: point(values) for name, values in versus.items()},
                     "ci": {name: interval(values) for name, values in versus.items()},
                 }
-        entries[method] = entry
+        entries[method] = entry if priced else _without_money(entry)
     return entries
+
+
+def _without_money(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry of a pool without prices: it cost no 0 dollars, the price is not known."""
+    kept = {name: value for name, value in entry.items() if not name.startswith("usd")}
+    return {name: _without_money(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 def _frontier_points(sweep: Sweep, small: Scores, large: Scores, one_RQ: Floats) -> list[dict[str, Any]]:
