@@ -34,7 +34,12 @@ from roro_ray.data.verify import split_items, strip_dollars
 _IN_BOX = (LatexExtractionConfig(boxed_match_priority=0),)
 _IN_TEXT = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
 _BASE = re.compile(r"_\{?(\d+)\}?\s*$")
-_WITH_UNIT = re.compile(r"([-+]?[\d.,]*\d)\s*(?:[A-Za-z]{3,}|cm|mm|km|kg|ft|in|hr?s?|%)[A-Za-z /^\d.]*")
+# Words behind a number that change it are no unit.
+_NO_UNIT = (
+    r"(?!(?:sin|cos|tan|cot|log|exp|mod|sqrt|times|plus|minus|over|choose|out|hundred|thousand|[mb]illion|dozen)\b)"
+)
+_UNIT = rf"(?:{_NO_UNIT}[A-Za-z]{{3,}}|cm|mm|km|kg|ft|in|hrs?|%)"
+_WITH_UNIT = re.compile(rf"([-+]?[\d.,]*\d)\s*{_UNIT}(?:[ /][A-Za-z]+)*(?:\^\{{?[23]\}}?)?\.?")
 # How much of a text without a box is searched for an answer, from its end.
 _TAIL = 2000
 # Seconds beyond the owner's limit after which the kernel ends a check whose owner is gone.
