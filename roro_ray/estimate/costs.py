@@ -31,8 +31,9 @@ def make_cost_table(config: Config) -> str:
     return "\n".join(
         [
             *lines,
-            f"A problem: {e.tokens} tokens after a prompt of {e.prompt_tokens} (estimate.*). Each model reads once what",
-            "it did not write; an API bills the prefix of every step again, at the cached price. The router is left out.",
+            f"A problem: {e.tokens} tokens after a prompt of {e.prompt_tokens} (estimate.*). Each model reads once",
+            "what it did not write; an API bills the prefix of every step again, at the cached price. The router's own",
+            "reading is left out.",
         ]
     )
 
