@@ -24,8 +24,9 @@ from roro_ray.engines.vllm_adapters import AdapterTable
 from roro_ray.engines.vllm_args import count_top
 from roro_ray.engines.vllm_backend import Adapter, Generation, Sampling
 from roro_ray.engines.vllm_loading import load_vllm
+from roro_ray.engines.vllm_prompts import PromptReader, StepPrompt, check_request
 from roro_ray.engines.vllm_scoring import PeekMemo, score_kept, score_tokens
-from roro_ray.engines.vllm_steps import Answer, KeptScores, StepJob, StepPrompt
+from roro_ray.engines.vllm_steps import Answer, KeptScores, StepJob
 from roro_ray.errors import EngineError
 
 _SEEDS = (1 << 63) - 1
@@ -48,7 +49,7 @@ class VllmEngine:
 
     Greedy steps are those of engine `hf`, but for numerical ties: its sums run in another order, so where the two best
     tokens are within about 1e-4 of each other either may win. Sampled steps are fixed by the request's seed, but they
-    are other draws than those of `hf`; a continued peek is an independent draw, not what the whole step would have been.
+    are other draws than those of `hf`, and a continued peek is a draw of its own, not what the whole step had been.
     """
 
     def __init__(self, model: ModelConfig, pool: PoolConfig):
@@ -82,6 +83,11 @@ class VllmEngine:
             EngineError: the model is missing, incomplete, or nothing that vLLM can serve.
         """
         return self._facts if self._facts is not None else await asyncio.to_thread(self._load)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether vLLM is gone for good: whoever hosts the engine should end, to be started anew."""
+        return self._facts is not None and self._loaded.backend.is_dead
 
     def close(self) -> None:
         """Free the engine; requests under way fail, and so do later ones."""
@@ -127,11 +133,7 @@ class VllmEngine:
             EngineUnavailableError: vLLM failed or its process died.
         """
         await self.ready()
-        text = self._loaded.text
-        (ids,) = text.encode([prefix])
-        continuations = [text.encode_continuation(prefix, ids, choice) for choice in choices]
-        self._check_ids([*ids, *(token for choice in continuations for token in choice)])
-        self._check_length(len(ids) + max(map(len, continuations), default=0))
+        ids, continuations = self._reader.read_choices(prefix, choices)
         lease = self._adapters.take(adapter)
         self._count(1)
         try:
@@ -169,6 +171,7 @@ class VllmEngine:
                 return self._facts
             started = time.perf_counter()
             self._loaded = loaded = load_vllm(self._model, self._pool)
+            self._reader = PromptReader(self.name, loaded.tokenizer, loaded.text, loaded.max_context)
             self._top = count_top(loaded.shape.vocabulary)
             self._adapters = AdapterTable(self.name, loaded.backend.remove_adapter)
             path = self._model.path
@@ -199,7 +202,7 @@ class VllmEngine:
     async def _begin(self, request: StepRequest, streams: bool) -> tuple[StepJob, Answer]:
         """A step that was started, or joined where the same one is under way; and its answer to come."""
         await self.ready()
-        self._check_request(request)
+        check_request(self.name, request)
         self.stats.requests += 1
         adapter = self._adapters.take(request.adapter)
         try:
@@ -210,7 +213,7 @@ class VllmEngine:
                 self.stats.merged += 1
                 self._adapters.give_back(adapter)
                 return same, answer
-            prompt = self._read_prompt(request)
+            prompt = self._reader.read_step(request)
             kept = await self._find_kept(request, prompt, adapter)
         except BaseException:
             self._adapters.give_back(adapter)
@@ -308,51 +311,3 @@ class VllmEngine:
             return known
         loaded = self._loaded
         return await score_kept(loaded.backend, prompt.ids, kept, adapter, self._top, loaded.shape.vocabulary)
-
-    def _read_prompt(self, request: StepRequest) -> StepPrompt:
-        """The ids of a prefix, checked together with the kept ones."""
-        known, text = request.known, self._loaded.text
-        if known is None:
-            ids = text.encode([request.prefix])[0]
-            encoded = len(ids)
-        else:
-            tail = request.prefix[known.characters :].encode("utf-8", "replace").decode("utf-8")
-            new = self._loaded.tokenizer(tail, add_special_tokens=False)["input_ids"] if tail else []
-            ids, encoded = [*known.ids, *new], len(new)
-        self._check_ids([*ids, *request.kept_ids])
-        self._check_length(len(ids) + request.max_tokens)
-        return StepPrompt(tuple(ids), encoded)
-
-    def _check_request(self, request: StepRequest) -> None:
-        if request.max_tokens < max(1, len(request.kept_ids)):
-            raise EngineError(
-                f"engine {self.name}: max_tokens={request.max_tokens} with {len(request.kept_ids)} kept ids: expected "
-                "at least 1 and at least the number of kept ids, since it bounds the whole step"
-            )
-        if not 0 < request.top_p <= 1:
-            raise EngineError(
-                f"engine {self.name}: top_p={request.top_p}: expected a number above 0 and at most 1 (1 samples from "
-                "the whole distribution, temperature=0 takes the most probable token)"
-            )
-        if request.known is not None and request.known.characters > len(request.prefix):
-            raise EngineError(
-                f"engine {self.name}: the ids of {request.known.characters} characters are given, but the prefix has "
-                f"{len(request.prefix)}: expected the ids of its beginning"
-            )
-
-    def _check_ids(self, ids: list[int]) -> None:
-        vocabulary = self._loaded.shape.vocabulary
-        if not ids or min(ids) < 0 or max(ids) >= vocabulary:
-            raise EngineError(
-                f"engine {self.name}: token id {max(ids, default=-1)} lies beyond the {vocabulary} tokens that the "
-                "model embeds: known and kept ids must come from an engine with this tokenizer, and text must not use "
-                "tokens that were added to the tokenizer alone"
-            )
-
-    def _check_length(self, length: int) -> None:
-        limit = self._loaded.max_context
-        if limit is not None and length > limit:
-            raise EngineError(
-                f"engine {self.name}: prefix and step may take {length} tokens, more than the model's {limit} "
-                "positions: lower episode.max_step_tokens or episode.max_steps, or take a model with a longer context"
-            )

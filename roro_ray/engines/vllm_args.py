@@ -43,6 +43,7 @@ def make_engine_args(
         "max_logprobs": max(count_top(shape.vocabulary), SOME_LOG_PROBS),
         "enable_prefix_caching": pool.cache_mb > 0,
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
         "trust_remote_code": False,
     }
     if max_context is not None:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from roro_ray.engines.vllm_env import import_vllm
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -42,8 +44,9 @@ class Adapter:
 class Piece:
     """Tokens that came together (one, but for speculative decoding).
 
-    `log_probs` are theirs at temperature 1, `top_log_probs` the highest of the first one's position; `cached` tells with
-    the first piece how many tokens of the prompt were not computed anew. `is_last`: vLLM ended the request itself.
+    `log_probs` are theirs at temperature 1, `top_log_probs` the highest of the first one's position, the highest
+    first; `cached` tells with the first piece how many tokens of the prompt were not computed anew. `is_last`: vLLM
+    ended the request itself.
     """
 
     token_ids: list[int]
@@ -54,7 +57,7 @@ class Piece:
 
 
 class Receiver(Protocol):
-    """Who takes the tokens of a request. Called from the back end's thread, one piece at a time, and never twice done."""
+    """Who takes the tokens of a request, in the back end's thread, one piece at a time."""
 
     def take(self, piece: Piece) -> bool:
         """Take tokens; True where the request shall end here."""
@@ -78,6 +81,11 @@ class Generation:
 
 class Backend(Protocol):
     """One vLLM engine. `start` loads it; all methods may be called from any thread."""
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether the engine is gone for good, so that its host should end and be started anew."""
+        ...
 
     def start(self) -> None:
         """Load the model; blocks.
@@ -113,11 +121,10 @@ class Backend(Protocol):
         ...
 
 
-def make_params(sampling: Sampling, eos_ids: Sequence[int], vllm: Any) -> Any:
+def make_params(sampling: Sampling, eos_ids: Sequence[int]) -> Any:
     """vLLM's SamplingParams: every token told as it comes, and ended by the model's end of sequence only."""
-    structured = None
-    if sampling.schema:
-        structured = vllm.sampling_params.StructuredOutputsParams(json=sampling.schema)
+    vllm = import_vllm("vllm.sampling_params")
+    structured = vllm.StructuredOutputsParams(json=sampling.schema) if sampling.schema else None
     return vllm.SamplingParams(
         max_tokens=sampling.max_tokens,
         temperature=sampling.temperature,
@@ -129,5 +136,16 @@ def make_params(sampling: Sampling, eos_ids: Sequence[int], vllm: Any) -> Any:
         stop_token_ids=list(eos_ids),
         ignore_eos=True,  # all of them are named above
         detokenize=False,
-        output_kind=vllm.sampling_params.RequestOutputKind.DELTA,
+        output_kind=vllm.RequestOutputKind.DELTA,
     )
+
+
+def make_lora(adapter: Adapter) -> Any:
+    """vLLM's name for an adapter."""
+    return import_vllm("vllm.lora.request").LoRARequest(adapter.label, adapter.id, adapter.path)
+
+
+def brief(error: BaseException) -> str:
+    """An error in one line: its kind and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
@@ -121,11 +122,13 @@ def read_eos_ids(directory: Path, tokenizer: PreTrainedTokenizerBase, vocabulary
     return tuple(sorted(token for token in ids if token is not None and 0 <= token < vocabulary))
 
 
-def _make_backend(model: ModelConfig, args: dict[str, object], eos_ids: Sequence[int]) -> Backend:
+def _make_backend(model: ModelConfig, args: dict[str, Any], eos_ids: Sequence[int]) -> Backend:
     if model.device == "cpu":
         from roro_ray.engines.vllm_local import LocalBackend
 
         return LocalBackend(model.name, args, eos_ids)
     from roro_ray.engines.vllm_async import AsyncBackend
 
-    return AsyncBackend(model.name, args, eos_ids)
+    _, _, first = model.device.partition(":")
+    gpus = range(int(first), int(first) + model.tensor_parallel) if first else ()
+    return AsyncBackend(model.name, args, eos_ids, gpus)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from roro_ray.engines.vllm_backend import Adapter, Generation, Piece, make_params
+from roro_ray.engines.vllm_backend import Adapter, Generation, Piece, brief, make_lora, make_params
 from roro_ray.engines.vllm_env import import_vllm, keep_threads
 from roro_ray.errors import EngineError, EngineUnavailableError
 
@@ -37,6 +37,11 @@ class LocalBackend:
         self._running: dict[str, Generation] = {}
         self._ids = itertools.count()
         self._error: EngineError | None = None
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether the engine is gone for good."""
+        return self._error is not None
 
     def start(self) -> None:
         """Load the model; blocks."""
@@ -84,6 +89,11 @@ class LocalBackend:
             engine, self._engine = self._engine, None
             if engine is not None:
                 engine.engine_core.shutdown()
+                if not _STEPPER.is_busy:
+                    # vLLM makes this process the only member of a torch.distributed group, even alone.
+                    state = import_vllm("vllm.distributed.parallel_state")
+                    state.destroy_model_parallel()
+                    state.destroy_distributed_environment()
 
     def _do(self, command: Callable[[], None]) -> None:
         """Have the stepping thread do something before its next step."""
@@ -136,7 +146,7 @@ class LocalBackend:
             request = processor.process_inputs(
                 generation.id,
                 import_vllm("vllm.inputs").tokens_input(generation.prompt),
-                make_params(generation.sampling, self._eos_ids, import_vllm("vllm")),
+                make_params(generation.sampling, self._eos_ids),
                 supported_tasks=self._tasks,
                 lora_request=make_lora(generation.adapter) if generation.adapter is not None else None,
             )
@@ -182,6 +192,11 @@ class _Stepper:
         self._wake = threading.Condition()
         self._backends: list[LocalBackend] = []
         self._thread: threading.Thread | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether this process has engines."""
+        return bool(self._backends)
 
     def add(self, backend: LocalBackend) -> None:
         """Step this engine too."""
@@ -245,14 +260,3 @@ def _read(output: Any) -> Piece:
         cached=stats.num_cached_tokens if stats is not None else 0,
         is_last=output.finished,
     )
-
-
-def make_lora(adapter: Adapter) -> Any:
-    """vLLM's name for an adapter."""
-    return import_vllm("vllm.lora.request").LoRARequest(adapter.label, adapter.id, adapter.path)
-
-
-def brief(error: BaseException) -> str:
-    """An error in one line: its kind and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

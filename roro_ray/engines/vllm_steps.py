@@ -19,16 +19,9 @@ from roro_ray.engines.rows import Row
 from roro_ray.engines.streaming import StepStream, hand_over
 from roro_ray.engines.text import HALF_CHARACTER, Ending, StepText
 from roro_ray.engines.vllm_backend import Piece
+from roro_ray.engines.vllm_prompts import StepPrompt
 
 Answer = asyncio.Future[StepResult]
-
-
-@dataclass(frozen=True, slots=True)
-class StepPrompt:
-    """The ids of a prefix, of which the engine encoded the last `encoded` itself."""
-
-    ids: tuple[int, ...]
-    encoded: int
 
 
 @dataclass(frozen=True, slots=True)
