@@ -206,7 +206,7 @@ def _load_encoder(base: EncoderBase) -> tuple[PreTrainedModel, PreTrainedTokeniz
     from roro_ray.engines.loading import load_model
 
     try:
-        loaded = load_model(base.path, "cpu", base.dtype)
+        loaded = load_model(base.path, "cpu", base.dtype, base.revision)
     except EngineError as error:
         raise ConfigError(
             f"router.encoder is {base.path!r}: {error}. Expected a causal LM with its tokenizer in Hugging Face "
