@@ -30,7 +30,8 @@ class PairKind(StrEnum):
 class Query:
     """A problem to solve; `answer` is the gold answer and is never shown to router, Rubricor or Judge.
 
-    `grader` says how an answer is compared with it: `exact` (text and numbers) or `math` (math-verify).
+    `grader` says how an answer is compared with it: `exact` (text and numbers), `math` (math-verify), or
+    `math:0.1` (within that error).
     """
 
     id: str
@@ -85,9 +86,10 @@ class Decision:
 class Step:
     """One step of a solution: who wrote it, what, how sure, at what cost and by which decision.
 
-    `text` has no trailing delimiter. `confidence` is the mean probability of the step's tokens under the
-    model that wrote it, `confidence_min` the smallest. `finish` is `delimiter`, `stop` (end of sequence), `marker`
-    (the end of the thinking block) or `length` (token limit). `discarded` counts the tokens of a draft that was thrown away before this step.
+    `model` is -1 where nobody of the pool wrote it (a client gave it). `text` has no trailing delimiter. `confidence`
+    is the mean probability of the step's tokens under the model that wrote it, `confidence_min` the smallest. `finish` is
+    `delimiter`, `stop` (end of sequence), `marker` (the end of the thinking block) or `length` (token limit).
+    `discarded` counts the tokens of a draft that was thrown away before this step.
     `features` are the scalar signals that the router saw when it decided (see `routing.observation`). `degraded`:
     the model that should have written, or the router, was gone, so that another model wrote.
     """

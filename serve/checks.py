@@ -15,6 +15,7 @@ from roro_ray.routing.observation import FEATURE_NAMES, make_features
 from roro_ray.routing.opinion import Opinion, RouterReading, decide_priced
 from roro_ray.types import Decision, Peek, Step, Usage
 from serve.backend import RouterFacts, UnknownRouterError
+from serve.continuation import find_beginning
 from serve.facts import RequestFacts
 from serve.policies import cap_decision
 from serve.problems import bad_request, deadline, unavailable
@@ -100,32 +101,29 @@ async def _explain(service: RoutingService, asked: ExplainRequest, facts: Reques
             "model",
         )
     facts.router_version = route.version
-    steps = [_read_step(step, index, pool) for index, step in enumerate(asked.steps)]
-    opinions = [
-        await _ask(service, route.facts, text, steps[:index], route.cost_weight, pool)
-        for index in range(len(steps) + 1)
-    ]
+    begun = find_beginning(asked.chat).steps
+    steps = [*begun, *(_read_step(step, index, pool) for index, step in enumerate(asked.steps))]
+    places = range(len(begun), len(steps) + 1)
+    opinions = [await _ask(service, route.facts, text, steps[:index], route.cost_weight, pool) for index in places]
     most = route.max_large_steps
     decisions = [
         cap_decision(decide_priced(opinion, route.cost_weight), steps[:index], most)
-        for index, opinion in enumerate(opinions)
+        for index, opinion in zip(places, opinions, strict=True)
     ]
     weights = [] if route.facts.calibration is None else [p.cost_weight for p in route.facts.calibration.points]
     last = [await _ask(service, route.facts, text, steps, weight, pool) for weight in weights]
     swept = [
-        cap_decision(decide_priced(opinion, weight), steps, most)
-        for opinion, weight in zip(last, weights, strict=True)
+        cap_decision(decide_priced(opinion, weight), steps, most) for opinion, weight in zip(last, weights, strict=True)
     ]
     return {
         "router": route.name,
         "router_version": route.version,
         "decisions": [
             {"index": index, "cost_weight": route.cost_weight, **_show(decision, pool)}
-            for index, decision in enumerate(decisions)
+            for index, decision in zip(places, decisions, strict=True)
         ],
         "by_cost_weight": [
-            {"cost_weight": weight, **_show(decision, pool)}
-            for weight, decision in zip(weights, swept, strict=True)
+            {"cost_weight": weight, **_show(decision, pool)} for weight, decision in zip(weights, swept, strict=True)
         ],
     }
 

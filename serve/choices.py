@@ -62,6 +62,7 @@ class ChoiceWatcher:
         stop: strings at which the answer ends.
         live: whether the client wants the text as it is made.
         thinks: whether the steps are thoughts, behind which the answer stands.
+        given: number of steps that the client has already.
     """
 
     choice: int
@@ -71,6 +72,7 @@ class ChoiceWatcher:
     live: bool = True
     thinks: bool = False
     on_step_done: Callable[[str, Step, float], None] = lambda model, step, seconds: None
+    given: int = 0
     first_text_at: float | None = None
     text: str = ""
     thoughts: str = ""
@@ -81,6 +83,7 @@ class ChoiceWatcher:
     def __post_init__(self) -> None:
         self._filter = StopFilter(self.stop)
         self._thinking = self.thinks
+        self._joined = self.given
 
     @property
     def wants_text(self) -> bool:
@@ -117,6 +120,8 @@ class ChoiceWatcher:
         """Tell what the step was."""
         if not self.live:
             self.on_text(index, step.text)
+        if STEP_DELIMITER in self.stop and step.finish == "delimiter" and not self._thinking:
+            self._say(self._filter.feed(STEP_DELIMITER))  # the next step would only be written to be cut off
         model = self.names[step.model]
         self.on_step_done(model, step, seconds)
         decision = step.decision

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from serve.continuation import BEGIN, CONTINUE
 from serve.routing_fields import MAX_LARGE_STEPS, MAX_NAME_CHARS
 from serve.schema import (
     MAX_METADATA,
@@ -25,6 +26,10 @@ from serve.schema import (
 from serve.unsupported import UNSUPPORTED, UNSUPPORTED_IN_MESSAGE, UNSUPPORTED_IN_STREAM, Unsupported
 
 Schema = dict[str, Any]
+_CONTINUE = (
+    "Whether the last message, an assistant's, is the beginning of the answer; only what follows it is returned. "
+    "Default: it is, if the last message is an assistant's."
+)
 _NO_NUL = "^[^\\u0000]*$"
 
 
@@ -64,6 +69,8 @@ def chat_request_schema(limits: Limits, names: Sequence[str] = (), models: Seque
             "additionalProperties": {"type": "string", "maxLength": MAX_TAG_CHARS, "pattern": _NO_NUL},
         },
         "routing": _routing(models),
+        CONTINUE: _nullable("boolean", description=_CONTINUE),
+        BEGIN: _nullable("boolean", description=f"The opposite of {CONTINUE}."),
         **_refused(UNSUPPORTED),
     }
     needs_stream = {
@@ -71,7 +78,8 @@ def chat_request_schema(limits: Limits, names: Sequence[str] = (), models: Seque
         "then": {"properties": {"stream": {"const": True}}, "required": ["stream"]},
     }
     one_limit = _not_both("max_tokens", "integer", "max_completion_tokens", "integer")
-    return {**_object(properties, ["model", "messages"]), "allOf": [needs_stream, one_limit]}
+    rules = [needs_stream, one_limit, *(_not_both_are(CONTINUE, BEGIN, value) for value in (True, False))]
+    return {**_object(properties, ["model", "messages"]), "allOf": rules}
 
 
 def explain_request_schema(limits: Limits, names: Sequence[str] = (), models: Sequence[str] = ()) -> Schema:
@@ -178,6 +186,10 @@ def _not_both(one: str, one_type: str, other: str, other_type: str) -> Schema:
     """Not both given; null is not given, hence the types."""
     properties = {one: {"type": one_type}, other: {"type": other_type}}
     return {"not": {"type": "object", "required": [one, other], "properties": properties}}
+
+
+def _not_both_are(one: str, other: str, value: bool) -> Schema:
+    return {"not": {"required": [one, other], "properties": {one: {"const": value}, other: {"const": value}}}}
 
 
 def _refused(table: dict[str, Unsupported]) -> Schema:

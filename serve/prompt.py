@@ -61,8 +61,8 @@ class ChatTemplate:
         self._knows_developer = "developer" in source
         self.marks = tuple(sorted(filter(None, marks)))
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The prompt of a conversation.
+    def render(self, messages: Sequence[Message], continues: bool = False) -> str:
+        """The prompt of a conversation; where it `continues`, the last message is no part of it, but checked too.
 
         Raises:
             ApiError: 400 where a message holds a mark, where the template refuses or fails, or nothing is left.
@@ -73,6 +73,7 @@ class ChatTemplate:
                     param = f"messages[{index}].content"
                     text = f"{param} holds {mark!r}, a control mark of the models' prompt. Leave it out."
                     raise bad_request(text, param, "control_mark")
+        messages = messages[:-1] if continues else messages
         if self._template is None:
             text = _SEPARATOR.join(message.content for message in messages).rstrip()
         else:
@@ -124,15 +125,17 @@ def load_template(
     return ChatTemplate(source, variables, special_tokens)
 
 
-def render_conversation(messages: Sequence[Message], template: str | ChatTemplate = PLAIN) -> str:
-    """The text that the models continue.
+def render_conversation(
+    messages: Sequence[Message], template: str | ChatTemplate = PLAIN, continues: bool = False
+) -> str:
+    """The text that the models continue; where the conversation `continues`, without its last message.
 
     Raises:
         ApiError: 400, see `ChatTemplate.render`.
         ConfigError: the option names no usable template.
     """
     compiled = template if isinstance(template, ChatTemplate) else _load_cached(template)
-    return compiled.render(messages)
+    return compiled.render(messages, continues)
 
 
 @lru_cache(maxsize=16)

@@ -13,6 +13,7 @@ from typing import Any
 
 from roro_ray.evaluation.calibration import Target
 from serve.body import check_content_type, decode_object, shorten
+from serve.continuation import BEGIN, CONTINUE, read_continuation
 from serve.fields import Fields, item_fields
 from serve.problems import bad_request
 from serve.routing_fields import RoutingRequest, parse_routing
@@ -55,6 +56,8 @@ _SUPPORTED = (
     "metadata",
     "safety_identifier",
     "routing",
+    CONTINUE,
+    BEGIN,
 )
 
 
@@ -82,7 +85,10 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A checked request. `seed` is None where the client gave none; `max_tokens` bounds each choice."""
+    """A checked request. `seed` is None where the client gave none; `max_tokens` bounds each choice.
+
+    `continues`: the last message is the beginning of the answer.
+    """
 
     model: str
     messages: tuple[Message, ...]
@@ -98,6 +104,7 @@ class ChatRequest:
     user: str | None = None
     safety_identifier: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    continues: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +185,7 @@ def _read_chat(fields: Fields, headers: Mapping[str, str], limits: Limits, also:
         user=fields.text("user", MAX_TAG_CHARS),
         safety_identifier=fields.text("safety_identifier", MAX_TAG_CHARS),
         metadata=_read_metadata(fields),
+        continues=read_continuation(fields, messages[-1].role),
     )
 
 

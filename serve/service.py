@@ -26,6 +26,7 @@ from roro_ray.types import Query, Step, Trajectory
 from serve.admission import Admission
 from serve.backend import Backend, RouterList
 from serve.choices import ChoiceJob, ChoiceWatcher, EndEvent, Event, EventQueue
+from serve.continuation import UNKNOWN_WRITER, check_beginning, find_beginning
 from serve.controls import Route, list_models, plan_route
 from serve.facts import RequestFacts
 from serve.metrics import Metrics
@@ -144,7 +145,10 @@ class RoutingService:
         """
         pool, routers = self.loaded()
         route = plan_route(request, routers, pool, self.options.cost_weight)
-        return route, render_conversation(request.messages, self.options.chat_template)
+        if request.continues:
+            last = len(request.messages) - 1
+            check_beginning(request.messages[last].content, f"messages[{last}].content", pool)
+        return route, render_conversation(request.messages, self.options.chat_template, request.continues)
 
     @contextlib.asynccontextmanager
     async def answer(self, request: ChatRequest, facts: RequestFacts) -> AsyncIterator[Answer]:
@@ -190,9 +194,7 @@ class RoutingService:
                     answer.trajectories[event.choice] = event.trajectory
             yield events
 
-    async def _run_choices(
-        self, answer: Answer, text: str, queue: EventQueue, began: float, timeout_s: float
-    ) -> None:
+    async def _run_choices(self, answer: Answer, text: str, queue: EventQueue, began: float, timeout_s: float) -> None:
         request, facts = answer.request, answer.facts
         seed = request.seed if request.seed is not None else secrets.randbits(62)
 
@@ -210,14 +212,16 @@ class RoutingService:
         async def run_choice(choice: int) -> None:
             job = self._make_job(answer, text, choice, seed)
             names, thinks = job.pool.names, job.pool.facts[0].format.thinks
-            watcher = ChoiceWatcher(choice, names, emit, request.stop, request.stream, thinks, count)
+            given = len(job.spec.prefix)
+            watcher = ChoiceWatcher(choice, names, emit, request.stop, request.stream, thinks, count, given)
             try:
                 trajectory = await job.run(watcher)
             finally:
                 if watcher.first_text_at is not None:
                     ttft = 1000 * (watcher.first_text_at - began)
                     facts.ttft_ms = ttft if facts.ttft_ms is None else min(ttft, facts.ttft_ms)
-            if self.recorder is not None:
+            # The steps of an answer that a client began have no decision to learn from.
+            if self.recorder is not None and not request.continues:
                 self.recorder.record(job.spec.query, trajectory)
 
         try:
@@ -235,7 +239,9 @@ class RoutingService:
         digest = blake2b(text.encode("utf-8", "replace"), digest_size=12).hexdigest()
         query = Query(f"served/{digest}", "served", "served", text, "")
         id = f"{answer.facts.request_id}/{choice}/{secrets.token_hex(4)}"
-        spec = EpisodeSpec(id, query, "served", mix_seed(seed, choice), route.cost_weight)
+        given = find_beginning(request)
+        seed = mix_seed(seed, choice)
+        spec = EpisodeSpec(id, query, "served", seed, route.cost_weight, given.steps, given.opening)
         session = answer.facts.request_id
         policy = route.make_policy(self.backend.routers, session, self._observe_decision)
         pool = self.backend.pool(session)
@@ -254,7 +260,7 @@ class RoutingService:
         """What the answer cost, all choices and all models together."""
         pool, _ = self.loaded()
         trajectories = [answer.trajectories[choice] for choice in sorted(answer.trajectories)]
-        steps = [step for trajectory in trajectories for step in trajectory.steps]
+        steps = [step for each in trajectories for step in each.steps if step.model != UNKNOWN_WRITER]
         counts = {name: sum(step.model == index for step in steps) for index, name in enumerate(pool.names)}
         top = max(pool.size - 1, 1)
         flops = sum(trajectory.usage.flops for trajectory in trajectories)
@@ -292,9 +298,9 @@ def estimate_large_only(trajectory: Trajectory, pool: EnginePool) -> float:
 
     An estimate: alone it might have written more or less, and models of another tokenizer count otherwise.
     """
-    if not trajectory.steps:
+    first = next((step for step in trajectory.steps if step.model != UNKNOWN_WRITER), None)
+    if first is None:
         return 0.0
-    first = trajectory.steps[0]
     # Each model that touched the first step read the same prompt.
     readers = 2 if first.discarded else 1
     tokens = first.usage.tokens_in / readers + sum(step.tokens for step in trajectory.steps)

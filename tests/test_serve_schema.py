@@ -541,6 +541,8 @@ MAYBE = {
     ],
     "frequency_penalty": [0, 0.0, 1, None, False],
     "logprobs": [False, True, None, 0],
+    "continue_final_message": [False, None, 1],
+    "add_generation_prompt": [True, None, "a"],
     "tools": [[], [1], None],
     "response_format": [{"type": "text"}, {"type": "json_object"}, None],
     "parallel_tool_calls": [True, False, None, 1],

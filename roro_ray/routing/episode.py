@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 class EpisodeSpec:
     """What to roll out: a query under a strategy, from `prefix` on where some steps are already written.
 
+    `opening` is the beginning of the step behind them, where that is written too.
+
     The same spec gives the same trajectory. Draws differ between queries of equal seed, and agree between
     strategies on one query, so that comparisons are paired.
     """
@@ -44,6 +46,7 @@ class EpisodeSpec:
     seed: int = 0
     cost_weight: float = 0.0
     prefix: tuple[Step, ...] = ()
+    opening: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +116,15 @@ async def run_episode(
         began = time.perf_counter()
         budget = min(config.max_step_tokens, config.max_tokens - sum(step.tokens for step in steps))
         draws = mix_seed(seed, len(steps))
-        page = transcript.page(min_tokens=config.min_step_tokens)
+        opening = spec.opening if len(steps) == len(spec.prefix) else ""
+        page = transcript.page(min_tokens=config.min_step_tokens, opening=opening)
         writer = StepWriter(pool, ledger, config.temperature, draws, page, budget, len(steps), options)
         state = _State(spec, page.prefix(pool.size - 1), tuple(steps), pool.size, seed, ledger, config.max_steps)
         step, result = await _make_step(state, writer, policy, options)
-        steps.append(step)
-        transcript.add(step.model, step.text, result)
+        steps.append(replace(step, text=opening + step.text))
+        transcript.add(step.model, opening + step.text, result)
         if options.watcher is not None:
+            # Told of what was written now: its reader has the opening.
             options.watcher.on_step(len(steps) - 1, step, time.perf_counter() - began)
             if not options.watcher.wants_more():
                 # A stop string that came with the last token allowed is a stop all the same.

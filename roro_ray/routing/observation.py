@@ -77,7 +77,8 @@ def make_features(
     """The scalar signals in the order of `FEATURE_NAMES`.
 
     Before the first step there is no confidence to report: 1.0 stands there (nothing went wrong yet). The step's index
-    is given as a share of `max_steps` (`episode.max_steps`), so that traces of hundreds of steps stay within [0, 1].
+    is given as a share of `max_steps` (`episode.max_steps`), so that traces of hundreds of steps stay within [0, 1]. A
+    step by nobody of the pool (model -1) counts as one by the cheapest model.
     """
     top = max(pool_size - 1, 1)
     count = len(steps)
@@ -86,8 +87,8 @@ def make_features(
     return (
         scale_cost_weight(cost_weight),
         count / max_steps,
-        sum(step.model for step in steps) / (top * count) if count else 0.0,
-        last.model / top if last else 0.0,
+        sum(max(step.model, 0) for step in steps) / (top * count) if count else 0.0,
+        max(last.model, 0) / top if last else 0.0,
         last.confidence if last else 1.0,
         last.confidence_min if last else 1.0,
         sum(step.confidence for step in steps) / count if count else 1.0,

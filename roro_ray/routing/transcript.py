@@ -40,11 +40,12 @@ class Page:
     threads: tuple[_Thread, ...]
     closing: bool = False
     min_tokens: int = 0
+    opening: str = ""
 
     def prefix(self, model: int) -> str:
         """The text that the model continues."""
         thread = self.threads[model]
-        return thread.text + (thread.format.close() if self.closing else "")
+        return thread.text + (thread.format.close() if self.closing else self.opening)
 
     def ask(self, model: int, max_tokens: int, temperature: float, seed: int, top_p: float) -> StepRequest:
         """The request for a step by this model, or for the final answer where the page is closing."""
@@ -64,7 +65,7 @@ class Page:
     def note(self, model: int, result: StepResult) -> None:
         """Keep the ids of the prefix that an engine encoded in order to answer."""
         thread = self.threads[model]
-        if result.encoded_ids and not self.closing:
+        if result.encoded_ids and not (self.closing or self.opening):
             thread.ids += result.encoded_ids
             thread.characters = len(thread.text)
 
@@ -106,9 +107,12 @@ class Transcript:
         """Whether a thinking block is open, behind which a final answer is to follow."""
         return self._distinct[0].format.thinks
 
-    def page(self, closing: bool = False, min_tokens: int = 0) -> Page:
-        """What the next step follows, or, where it is `closing`, what the final answer follows."""
-        return Page(self._threads, closing, min_tokens)
+    def page(self, closing: bool = False, min_tokens: int = 0, opening: str = "") -> Page:
+        """What the next step follows, or, where it is `closing`, what the final answer follows.
+
+        `opening` is the beginning of that step, where it is written already.
+        """
+        return Page(self._threads, closing, min_tokens, opening)
 
     def add(self, model: int, text: str, result: StepResult) -> None:
         """Take over a finished step: `text` as it was kept, `result` as the model's engine gave it last."""
