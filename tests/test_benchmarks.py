@@ -263,6 +263,17 @@ def test_splits_of_the_hub_are_used_as_they_are(monkeypatch: pytest.MonkeyPatch)
     assert 0.15 < len(validation) / 200 < 0.35
 
 
+def test_unknown_splits_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    rows = {"easy": make_rows(5), "hard": make_rows(6, " exactly")}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows)
+    with pytest.raises(DataError, match="the splits easy, hard: expected train, validation or test"):
+        load_rows("me/levels")
+    rows |= {"test": make_rows(2, " again")}
+    assert [len(group) for group in load_rows("me/levels").values()] == [2]
+
+
 def test_files_of_a_folder_are_its_splits(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     write_rows(folder / "train-00000-of-00002.parquet", make_rows(3, " a"))

@@ -119,7 +119,13 @@ def _load_hub(source: str, path: str, config: str | None, revision: str | None) 
     groups: dict[str, list[tuple[str, Iterable[Record]]]] = {}
     for split, rows in found.items():
         groups.setdefault(_split_of_name(str(split)) or str(split), []).append((f"{source} ({split})", rows))
-    return {split: list(_number(members)) for split, members in groups.items()}
+    named = {split: members for split, members in groups.items() if _split_of_name(split)}
+    if not named and len(groups) > 1:
+        raise DataError(
+            f"{source!r} has the splits {', '.join(groups)}: expected train, validation or test. Copy the one that you "
+            "want to a file and name that in data.sources."
+        )
+    return {split: list(_number(members)) for split, members in (named or groups).items()}
 
 
 def _number(members: Iterable[tuple[str, Iterable[Record]]]) -> Iterator[RawRow]:
