@@ -26,7 +26,7 @@ from actors.waiting import Bundle, wait_for_resources
 from roro_ray.config import Config, LoraConfig
 from roro_ray.errors import ConfigError, DeadlineError, RoroError, TrainingError
 from roro_ray.learning.adapter_files import AdapterVersion
-from roro_ray.learning.lm_run import GrpoUpdate, Publish, Result, plan_sft
+from roro_ray.learning.lm_run import GrpoUpdate, Publish, Result, check_resumable, plan_sft
 from roro_ray.learning.lm_training import ADAPTERS
 from roro_ray.learning.sequences import TokenBatch
 from roro_ray.learning.sft import SftBatch
@@ -69,9 +69,10 @@ class LmLearner:
             raise ConfigError(
                 "lora.base is empty: name the base model of the adapters, such as lora.base=Qwen/Qwen3-4B."
             )
+        where = Path(directory if directory is not None else Path(config.run_dir) / "adapters").resolve()
+        check_resumable(lora, where, names, config.seed)
         bundles: list[Bundle] = [_rank_resources(lora)] * lora.workers
         wait_for_resources(bundles, "the learner of adapters", config.ray.timeout_s, config.ray.autoscaler)
-        where = Path(directory if directory is not None else Path(config.run_dir) / "adapters").resolve()
         where.mkdir(parents=True, exist_ok=True)
         board = ray.remote(CommandBoard).options(num_cpus=0).remote()
         learner = cls(LmJob(lora, str(where), tuple(names), config.seed, board))
@@ -95,7 +96,7 @@ class LmLearner:
 
     def facts(self) -> GroupFacts:
         """Of the group as it was last started."""
-        facts, self._starts, _ = self._job.ask("state", 0.0)
+        facts, _, _ = self._job.ask("state", 0.0)
         assert isinstance(facts, GroupFacts), "the group was up"
         return facts
 
@@ -173,13 +174,13 @@ class LmLearner:
         last = time.monotonic()
         while True:
             done, result, starts = self._job.ask("result", serial, POLL_S)
+            if starts != self._starts:
+                self._starts, last = starts, time.monotonic()
+                logger.warning("the group of the adapters' learner was started again (%d times)", self.restarts)
             if done:
                 if isinstance(result, RoroError):
                     raise result
                 return result  # type: ignore[no-any-return]
-            if starts != self._starts:
-                self._starts, last = starts, time.monotonic()
-                logger.warning("the group of the adapters' learner was started again (%d times)", self.restarts)
             self._check_up()
             if time.monotonic() - last > self._job.config.timeout_s:
                 raise DeadlineError(

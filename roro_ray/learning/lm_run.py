@@ -222,6 +222,13 @@ def fix_settings(config: LoraConfig, names: Sequence[str], seed: int) -> dict[st
     return plain
 
 
+def check_resumable(config: LoraConfig, directory: Path, names: Sequence[str], seed: int) -> None:
+    """Raise CheckpointError where a training lies there that these settings cannot go on with."""
+    checkpoint = find_checkpoint(directory / CHECKPOINTS)
+    if checkpoint is not None:
+        check_settings(read_state(checkpoint)["settings"], fix_settings(config, names, seed), checkpoint)
+
+
 def plan_sft(
     config: LoraConfig, name: str, batches: Iterable[SftBatch], updates: int | None, start: int
 ) -> Iterable[SftUpdate]:

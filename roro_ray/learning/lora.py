@@ -172,8 +172,9 @@ class LoraModel:
     def write_files(self, name: str, state: State, directory: Path) -> None:
         """Write an adapter's state as peft and vLLM read it; the directory must exist."""
         save_file(state, directory / WEIGHTS, metadata={"format": "pt"})
-        options = copy.copy(self.peft.peft_config[name])
+        options: Any = copy.copy(self.peft.peft_config[name])
         options.inference_mode = True
+        options.target_modules = sorted(options.target_modules)  # a set: the same adapter gives the same bytes
         options.base_model_name_or_path = self._base_path
         options.save_pretrained(str(directory))
 
