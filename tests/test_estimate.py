@@ -12,7 +12,7 @@ from roro_ray.config import Config
 from roro_ray.estimate.costs import make_cost_table
 from roro_ray.estimate.describe import describe_estimate, show_count
 from roro_ray.estimate.memory import check_together, count_adapter, plan_roles, stage_gpus
-from roro_ray.estimate.speed import measure_speed, stage_dollars
+from roro_ray.estimate.speed import measure_speed, stage_dollars, stage_hours
 from roro_ray.estimate.work import ROUTER, episode_load, plan_stages, strategy_shares
 from roro_ray.settings import load_config
 
@@ -127,6 +127,12 @@ def test_speed_follows_from_flops_and_bandwidth(model: str) -> None:
     assert full.together == pytest.approx(role.kv_room / (8000 * 20_000))
     bound = measure_speed(role, 200, 1, config.estimate, 8.0)
     assert bound.writes == pytest.approx(100e12 * 0.4 / 2e9, rel=0.01)  # by FLOPs, not by bandwidth
+
+
+def test_roles_work_side_by_side_share_a_gpu_in_turn_and_wait_for_the_learner() -> None:
+    busy = {"engine a": 100.0, "engine b": 300.0, "learner": 60.0}
+    assert stage_hours(busy, ("learner",), (), 1.0) == pytest.approx(360 / 3600)
+    assert stage_hours(busy, ("learner",), ("engine a", "engine b"), 1.5) == pytest.approx(1.5 * 460 / 3600)
 
 
 def test_dollars_are_for_tokens_read_sent_again_and_written(model: str) -> None:

@@ -117,10 +117,12 @@ def _stage_lines(
         lines += [f"{'':<12} {_work_line(config, name, work, shapes.get(name))}" for name, work in stage.work.items()]
         busy = _busy_seconds(config, roles, stage)
         if busy and held.get(stage.name):
-            hours = stage_hours(stage, busy, _LEARNERS, config.estimate.overhead)
-            total_gpu_hours += hours * held[stage.name]
+            sharing = {role.name for role in roles if role.gpus < 1}
+            hours = stage_hours(busy, _LEARNERS, sharing, config.estimate.overhead)
+            gpus = math.ceil(held[stage.name])
+            total_gpu_hours += hours * gpus
             slowest = max(busy, key=lambda name: busy[name])
-            spent = f"{hours:.1f} h on {held[stage.name]:g} GPU(s) = {hours * held[stage.name]:.1f} GPU hours"
+            spent = f"{hours:.1f} h on {gpus} GPU(s) = {hours * gpus:.1f} GPU hours"
             lines.append(f"             {spent}; {slowest} sets the pace")
         usd = stage_dollars(stage, config)
         total_usd += usd

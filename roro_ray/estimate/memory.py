@@ -23,7 +23,8 @@ _TRAINED_BYTES = 16  # per float32 parameter: weight, gradient, Adam's two momen
 _MOST_TOGETHER = 0.95  # of one GPU's memory, over the processes that share it
 STAGES = ("collect", "make_pairs", "warm_start", "learn_reward", "train_router", "evaluate", "calibrate")
 POOL_STAGES = ("collect", "make_pairs", "train_router", "evaluate", "calibrate")
-_REWARD_STAGES = ("warm_start", "learn_reward", "train_router")
+_REWARD_STAGES = ("learn_reward", "train_router")
+_IN_TURN = ("warm_start",)  # its writer ends before its learner begins
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +68,17 @@ def plan_roles(config: Config) -> list[Role]:
 
 def stage_gpus(roles: Sequence[Role]) -> dict[str, float]:
     """GPUs held at once in each stage that holds any."""
-    held = {stage: sum(role.total_gpus for role in roles if stage in role.stages) for stage in STAGES}
+    held = {}
+    for stage in STAGES:
+        gpus = [role.total_gpus for role in roles if stage in role.stages]
+        held[stage] = max(gpus, default=0.0) if stage in _IN_TURN else sum(gpus)
     return {stage: gpus for stage, gpus in held.items() if gpus}
 
 
 def check_together(roles: Sequence[Role], memory: float) -> list[str]:
     """Warnings about processes that share one GPU and together ask for more than it has."""
     warnings = []
-    for stage in stage_gpus(roles):
+    for stage in stage_gpus(roles).keys() - set(_IN_TURN):
         sharing = [role for role in roles if stage in role.stages and 0 < role.gpus < 1]
         held = sum(role.gpus * role.processes for role in sharing)
         asked = sum((role.limit if role.kv_token else role.needed) * role.processes for role in sharing)

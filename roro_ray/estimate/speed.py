@@ -7,12 +7,13 @@
     train   2 (forward) + 4 (backward) + 2 (computed again under checkpointing) = up to 8 N a token; with LoRA no
             gradient of the base's weights is needed, which takes 2 of them off
 
-Roles work at the same time, and the slowest sets the pace; a learner that must not lag waits for them and they for it.
+Roles work at the same time, and the slowest sets the pace; those that share one GPU have it in turn, so their times add
+up. A learner that must not lag waits for them and they for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from roro_ray.config import Config, EstimateConfig
@@ -45,7 +46,7 @@ def measure_speed(role: Role, episodes: float, context: float, assumed: Estimate
         train_factor: FLOPs per parameter and token of training.
     """
     assert role.shape is not None, "the speed of an unknown model cannot be worked out"
-    shape, gpus = role.shape, role.total_gpus
+    shape, gpus = role.shape, max(role.gpus, 1.0) * role.processes
     peak = gpus * assumed.gpu_tflops * 1e12
     moved = gpus * assumed.gpu_bandwidth * 1e12 * assumed.write_utilisation
     room = role.kv_room / role.kv_token / max(context, 1.0) if role.kv_token else episodes
@@ -68,11 +69,21 @@ def _weights_moved(shape: Shape, dtype: str, together: float) -> float:
     return shape.weight_bytes(dtype) * min(1.0, shape.active * together / shape.parameters)
 
 
-def stage_hours(stage: Stage, busy: Mapping[str, float], learners: Sequence[str], overhead: float) -> float:
-    """Wall-clock hours: the slowest of the roles that generate, then the learner, with the overhead."""
-    generate = max((seconds for name, seconds in busy.items() if name not in learners), default=0.0)
+def stage_hours(
+    busy: Mapping[str, float], learners: Collection[str], sharing: Collection[str], overhead: float
+) -> float:
+    """Wall-clock hours of a stage.
+
+    Args:
+        busy: seconds that each role needs for its part, with its GPUs to itself.
+        learners: those of the roles that train; they come after the others.
+        sharing: those that share one GPU.
+    """
+    generate = {name: seconds for name, seconds in busy.items() if name not in learners}
+    shared = sum(seconds for name, seconds in generate.items() if name in sharing)
+    alone = [seconds for name, seconds in generate.items() if name not in sharing]
     learn = max((seconds for name, seconds in busy.items() if name in learners), default=0.0)
-    return (generate + learn) * overhead / 3600
+    return (max([shared, *alone]) + learn) * overhead / 3600
 
 
 def stage_dollars(stage: Stage, config: Config) -> float:

@@ -166,18 +166,17 @@ def _reward_load(assumed: EstimateConfig, trajectories: float, rubrics: float, l
 
 
 def _plan_warm_start(config: Config) -> Stage:
-    """A strong model writes a rubric from both trajectories of a pair; the Judge checks that it tells them apart."""
+    """A strong model writes a rubric from both trajectories of a pair, then judges each by it; the adapters learn."""
     warm, assumed, length = config.warm, config.estimate, _mean_tokens(config)
     queries = len(config.data.train_suites or config.data.suites) * config.data.train_queries
     pairs = float(min(warm.max_pairs, queries * warm.pairs_per_query))
-    prompt = assumed.prompt_tokens + 2 * length
-    checked = _reward_load(assumed, 2.0 * pairs, 0.0, length)
-    updates = min(config.lora.sft_updates, math.ceil(warm.epochs * pairs / warm.batch))
-    examples = updates * warm.batch
-    checked[RUBRICOR] = Work(trained=examples * float(assumed.prompt_tokens + assumed.rubric_tokens))
-    checked[JUDGE] += Work(trained=examples * (assumed.prompt_tokens + length + assumed.rubric_tokens))
-    writer = Work(pairs * prompt, pairs * prompt, pairs * assumed.rubric_tokens)
-    return Stage("warm_start", pairs, {warm.writer or WRITER: writer, **checked})
+    both = pairs * (assumed.prompt_tokens + 2 * length)
+    judged = _reward_load(assumed, 2.0 * pairs, 0.0, length)[JUDGE]
+    writer = judged + Work(both, both, pairs * assumed.rubric_tokens)
+    examples = min(config.lora.sft_updates, math.ceil(warm.epochs * pairs / warm.batch)) * warm.batch
+    rubric = Work(trained=examples * float(assumed.prompt_tokens + assumed.rubric_tokens))
+    verdict = Work(trained=examples * (assumed.prompt_tokens + length + assumed.rubric_tokens))
+    return Stage("warm_start", pairs, {warm.writer or WRITER: writer, RUBRICOR: rubric, JUDGE: verdict})
 
 
 def _plan_reward(config: Config) -> Stage:
