@@ -59,6 +59,9 @@ def fit_steps(
     longest = max((len(text) for _, text in steps), default=0)
     # A long query is cut as well, but keeps half of what there is.
     problem = cut_middle(problem, max(int(spare / 2), 4 * _LEAST))
+    lines = _cut_steps(steps, longest)
+    if count(compose(problem, lines)) <= budget:  # the query alone was too long
+        return compose(problem, lines)
     low, high, best = 0, longest, None
     while low < high:  # the largest cap that fits; what a cap gives grows with it
         cap = (low + high + 1) // 2
