@@ -50,16 +50,18 @@ class TextReader:
 
     @torch.inference_mode()
     def read(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """States [B, C] at the last token of each text (token ids, at least one)."""
+        """States [B, C], in float32, at the last token of each text (token ids, at least one)."""
         found = [self._known.match(ids, len(ids) - 1) if self._known else [] for ids in texts]
         missing = [len(ids) - len(slots) for ids, slots in zip(texts, found, strict=True)]
         states_BC = torch.empty(len(texts), int(self._body.config.hidden_size), device=self._body.device)
         for group in _group(missing, [len(ids) for ids in texts]):
             group_texts = [texts[i] for i in group]
             if self._kv is None:
-                states_BC[group] = self._read_whole(group_texts)
+                states_BC[group] = self._read_whole(group_texts).float()
             else:
-                states_BC[group] = self._read_new(group_texts, [found[i] for i in group], missing[group[0]], self._kv)
+                states_BC[group] = self._read_new(
+                    group_texts, [found[i] for i in group], missing[group[0]], self._kv
+                ).float()
         return states_BC
 
     def _read_whole(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:

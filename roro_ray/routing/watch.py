@@ -34,7 +34,7 @@ class EpisodeWatcher(Protocol):
         ...
 
     def on_close(self, index: int) -> None:
-        """The thinking block is closed: what is written as `index` is the final answer behind it, and no routed step."""
+        """The thinking block is closed: what is written as `index` is the final answer, and no routed step."""
         ...
 
     def on_step(self, index: int, step: Step, seconds: float) -> None:
