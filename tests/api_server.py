@@ -58,6 +58,7 @@ class ScriptedApi:
     top_logprobs: int = 20
     ignores_stop: bool = False
     separates_thinking: bool = False
+    drops_thoughts: bool = False
     key: str = ""
     failures: list[Failure] = field(default_factory=list)
     breaks: int | None = None
@@ -131,6 +132,8 @@ class ScriptedApi:
                 return "continue_final_message must be a boolean"
             if flag and body.get("add_generation_prompt", True):
                 return "Cannot set both continue_final_message and add_generation_prompt"
+        if self.drops_thoughts and last["role"] == "assistant" and "</think>" in last["content"]:
+            return "the final message does not appear in the chat after applying the chat template"
         if self.chat == "prefix" and not isinstance(last.get("prefix", False), bool):
             return "prefix must be a boolean"
         return ""

@@ -244,6 +244,17 @@ def test_a_thinking_block_travels_in_the_unfinished_answer() -> None:
         ]
 
 
+def test_a_template_that_drops_thoughts_is_refused() -> None:
+    api = make_api("continue_final_message", drops_thoughts=True)
+    with (
+        engine_for(api, thinking="on") as engine,
+        pytest.raises(EngineError, match="behind its thinking block") as told,
+    ):
+        run(engine.ready())
+    assert "api_mode=completions" in str(told.value)
+    assert ask(api, write_all)[-1].finish == "stop"
+
+
 # Stops and tokens
 
 

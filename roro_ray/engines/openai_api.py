@@ -24,12 +24,12 @@ from roro_ray.engines.api_prompts import ApiTraits, make_chat_format
 from roro_ray.engines.api_scoring import score_choices
 from roro_ray.engines.api_steps import ApiWriter
 from roro_ray.engines.formats import PLAIN, PromptFormat
-from roro_ray.engines.protocol import ChoiceScores, EngineFacts, Prices, StepDelta, StepRequest, StepResult
+from roro_ray.engines.pool import make_prices
+from roro_ray.engines.protocol import ChoiceScores, EngineFacts, StepDelta, StepRequest, StepResult
 from roro_ray.errors import ConfigError, EngineError, did_you_mean
 
 logger = logging.getLogger(__name__)
 _MODES = ("auto", "completions", "chat")
-_MILLION = 1e6
 
 
 class OpenAIEngine:
@@ -106,7 +106,7 @@ class OpenAIEngine:
             seconds=time.perf_counter() - began,
             fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:16],
             format=format,
-            prices=Prices(model.price_in / _MILLION, model.price_cached / _MILLION, model.price_out / _MILLION),
+            prices=make_prices(model),
             max_context=model.max_context or await self._read_context(),
         )
 
