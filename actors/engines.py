@@ -67,8 +67,7 @@ class EngineActor:
     async def _serve_one(self, item: Item) -> StepResult | ChoiceScores:
         if isinstance(item, StepRequest):
             return await self._engine.generate_step(item)
-        prefix, choices, adapter = item
-        return await self._engine.score_choices(prefix, choices, **({"adapter": adapter} if adapter else {}))
+        return await self._engine.score_choices(*item)
 
 
 def _portable(error: BaseException) -> RoroError:

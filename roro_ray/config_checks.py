@@ -28,7 +28,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "router.credit": ("trajectory", "step"),
     "router.normalisation": ("dr_grpo", "group", "dapo"),
     "lora.dtype": ("bfloat16", "float32"),
-    "lora.attention": ("auto", "sdpa", "flash_attention_2"),
+    "lora.attention": ("auto", "segments", "sdpa", "flash_attention_2"),
     "lora.strategy": ("single", "ddp", "fsdp2"),
     "lora.transport": ("storage", "objects"),
     "wandb.mode": ("disabled", "offline", "online"),

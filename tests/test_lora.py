@@ -360,6 +360,6 @@ def test_what_does_not_exist_is_named(base: str, tmp_path: Path) -> None:
 
 def test_attention_is_chosen_by_what_can_run() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert choose_attention("auto", torch.bfloat16, cpu) == "sdpa"
-    assert choose_attention("auto", torch.float32, gpu) == "sdpa"
+    assert choose_attention("auto", torch.bfloat16, cpu) == "segments"
+    assert choose_attention("auto", torch.float32, gpu) == "segments"
     assert choose_attention("flash_attention_2", torch.bfloat16, gpu) == "flash_attention_2"

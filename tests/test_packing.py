@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from test_sequences import make_tiny_model
 from torch import Tensor
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     Gemma2Config,
     Gemma2ForCausalLM,
     MistralConfig,
@@ -17,6 +19,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from roro_ray.config import LoraConfig
 from roro_ray.errors import ConfigError
@@ -134,9 +137,11 @@ def test_masks_that_make_no_sense_are_refused(actions: list[list[bool]], words: 
 # Packing changes no number
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "segments"])
 @pytest.mark.parametrize("family", ["qwen3", "llama", "window", "moe"])
-def test_packed_sequences_do_not_see_each_other(family: str) -> None:
+def test_packed_sequences_do_not_see_each_other(family: str, attention: str) -> None:
     model = make_model(family)
+    model.set_attn_implementation(attention)
     tolerance = 1e-12 if model.dtype == torch.float64 else 1e-4
     batch = make_batch(50)
     log_probs_BT, entropy_BT = score_packed(model, batch)
@@ -158,10 +163,11 @@ def test_what_stands_beside_a_sequence_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_chunks_and_checkpoints_change_neither_value_nor_gradient(checkpointing: bool) -> None:
+def test_chunks_and_checkpoints_and_kernels_change_neither_value_nor_gradient(checkpointing: bool) -> None:
     gradients = []
-    for chunk in (1, 5, 1000):
-        model = make_model("qwen3")
+    for chunk, attention in ((1, "sdpa"), (5, "segments"), (1000, "sdpa")):
+        model = make_model("window")
+        model.set_attn_implementation(attention)
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
@@ -197,6 +203,23 @@ def test_a_model_that_caps_its_logits_is_refused() -> None:
     )
     with pytest.raises(ConfigError, match="Gemma2ForCausalLM changes its logits behind its output layer"):
         PackedScorer(Gemma2ForCausalLM(config).eval(), 8)
+
+
+def test_a_model_whose_packed_sequences_see_each_other_is_refused() -> None:
+    model = make_model("qwen3")
+    AttentionMaskInterface.register("deaf", lambda *args, **kwargs: None)
+    AttentionInterface.register("deaf", sdpa_attention_forward)  # causal over the whole row
+    model.set_attn_implementation("deaf")
+    with pytest.raises(ConfigError, match="with attention deaf lets packed sequences see each other"):
+        PackedScorer(model, 8)
+
+
+def test_outside_of_a_packed_row_segments_are_sdpa() -> None:
+    model, ids = make_model("window"), torch.tensor([[5, 6, 7, 8, 9, 10], [0, 0, 7, 8, 9, 10]])
+    mask = (ids > 0).long()
+    expected = model(input_ids=ids, attention_mask=mask).logits
+    model.set_attn_implementation("segments")
+    assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, expected)
 
 
 def test_the_default_budget_holds_the_longest_trace_of_real_models() -> None:

@@ -29,6 +29,7 @@ from roro_ray.engines.hub import resolve_model_path
 from roro_ray.engines.loading import quiet_transformers
 from roro_ray.errors import CheckpointError, ConfigError
 from roro_ray.learning.adapter_files import CONFIG, WEIGHTS
+from roro_ray.learning.packed_attention import SEGMENTS
 from roro_ray.routing.draws import mix_seed
 
 State = dict[str, Tensor]
@@ -62,11 +63,11 @@ def load_base(config: LoraConfig, device: torch.device | str = "cpu") -> PreTrai
 
 
 def choose_attention(asked: str, dtype: torch.dtype, device: torch.device) -> str:
-    """`auto` resolved: varlen flash attention where it can run, else sdpa (a mask of N x N for a row of N tokens)."""
+    """`auto` resolved: the varlen kernel of flash-attn where it can run, else sequence by sequence through sdpa."""
     if asked != "auto":
         return asked
     half = dtype in (torch.bfloat16, torch.float16)
-    return "flash_attention_2" if half and device.type == "cuda" and is_flash_attn_2_available() else "sdpa"
+    return "flash_attention_2" if half and device.type == "cuda" and is_flash_attn_2_available() else SEGMENTS
 
 
 class LoraModel:

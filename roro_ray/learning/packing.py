@@ -2,7 +2,8 @@
 
 A row of packed sequences has no padding, and its memory is known beforehand. Sequences are told apart by their
 position ids, which begin at 0 with each: transformers makes the block-diagonal causal mask of them (sdpa) or the
-lengths that a varlen kernel takes (flash_attention_2). Losses and gradients are those of the sequences one by one.
+lengths that a varlen kernel takes (flash_attention_2); `packed_attention` is given the lengths themselves. Losses and
+gradients are those of the sequences one by one.
 
 The logits of a long row never exist as a whole: `PackedScorer` applies the output layer to a chunk of tokens at a
 time and computes the chunk again in the backward pass.
@@ -15,7 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from roro_ray.errors import ConfigError
+from roro_ray.learning.packed_attention import LENGTHS, SEGMENTS, packed_row
 from roro_ray.learning.sequences import TokenBatch, score_logits
 
 _PROBE_IDS = (0, 1, 2)
@@ -118,7 +121,8 @@ class PackedScorer(nn.Module):
         chunk: tokens whose logits are held at once.
 
     Raises:
-        ConfigError: the model does more to its logits than its output layer (such as capping them).
+        ConfigError: the model does more to its logits than its output layer (such as capping them), or lets packed
+            sequences see each other.
     """
 
     def __init__(self, model: PreTrainedModel, chunk: int) -> None:
@@ -126,6 +130,7 @@ class PackedScorer(nn.Module):
         self.model = model
         self.chunk = chunk
         _check_output_layer(model)
+        _check_packing(model)
 
     def forward(
         self, ids_1N: Tensor, positions_1N: Tensor, predicting_A: Tensor, targets_A: Tensor, temperature: float = 1.0
@@ -134,8 +139,7 @@ class PackedScorer(nn.Module):
 
         Takes the fields of a `PackedRow`, since wrappers look for tensors among the arguments.
         """
-        body = self.model.base_model(input_ids=ids_1N, position_ids=positions_1N, use_cache=False)
-        hidden_AD = body.last_hidden_state[0, predicting_A]
+        hidden_AD = _run_body(self.model, ids_1N, positions_1N)[0, predicting_A]
         chosen, entropies = [], []
         for start in range(0, len(hidden_AD), self.chunk):
             part = slice(start, start + self.chunk)
@@ -149,6 +153,35 @@ class PackedScorer(nn.Module):
     def _score(self, hidden_CD: Tensor, targets_C: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         logits_CV = cast(nn.Module, self.model.get_output_embeddings())(hidden_CD)
         return score_logits(logits_CV, targets_C, temperature)
+
+
+def _run_body(model: PreTrainedModel, ids_1N: Tensor, positions_1N: Tensor) -> Tensor:
+    """Last hidden states [1, N, D] of a packed row."""
+    inputs: dict[str, Any] = {"input_ids": ids_1N, "position_ids": positions_1N, "use_cache": False}
+    if model.config._attn_implementation != SEGMENTS:
+        return cast(Tensor, model.base_model(**inputs).last_hidden_state)
+    starts = (positions_1N[0] == 0).nonzero().flatten().tolist()
+    lengths = [stop - start for start, stop in pairwise([*starts, ids_1N.shape[1]])]
+    with packed_row():
+        return cast(Tensor, model.base_model(**inputs, **{LENGTHS: lengths}).last_hidden_state)
+
+
+def _check_packing(model: PreTrainedModel) -> None:
+    """Raise ConfigError where the second of two packed sequences comes out otherwise than alone."""
+    ids_1N = torch.tensor([(*_PROBE_IDS, *_PROBE_IDS[::-1])], device=model.device)
+    positions_1N = torch.tensor([[0, 1, 2, 0, 1, 2]], device=model.device)
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        packed = _run_body(model, ids_1N, positions_1N)[:, 3:]
+        alone = _run_body(model, ids_1N[:, 3:], positions_1N[:, 3:])
+    model.train(training)
+    tolerance = 1e-3 if alone.dtype in (torch.float32, torch.float64) else 5e-2
+    if not float((packed - alone).norm()) <= tolerance * float(alone.norm()):
+        raise ConfigError(
+            f"{type(model).__name__} with attention {model.config._attn_implementation} lets packed sequences see each "
+            "other: set another lora.attention, or choose another base model."
+        )
 
 
 def _check_output_layer(model: PreTrainedModel) -> None:
