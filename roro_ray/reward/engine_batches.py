@@ -29,17 +29,11 @@ class Codec:
 
     tokenizer: Any
     chat: bool
-    verdict_ids: dict[str, int] = field(default_factory=dict)
+    verdict_ids: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for word in VERDICTS:
-            ids = self.tokenizer.encode(word, add_special_tokens=False)
-            if len(ids) != 1:
-                raise ConfigError(
-                    f"the base's tokenizer writes the verdict {word!r} in {len(ids)} tokens, expected one: take another"
-                    " base"
-                )
-            self.verdict_ids[word] = ids[0]
+            self.verdict_ids[word] = tuple(self.tokenizer.encode(word, add_special_tokens=False))
 
     def encode(self, prompt: str) -> list[int]:
         """As the engine encodes it: a chat prompt spells its own control tokens."""
@@ -53,7 +47,13 @@ def make_codec(tokenizer: Any, reward: EngineReward) -> Codec:
     Raises:
         ConfigError: yes or no are not one token each.
     """
-    return Codec(tokenizer, is_chat(reward.rubricor.form))
+    codec = Codec(tokenizer, is_chat(reward.rubricor.form))
+    for word, ids in codec.verdict_ids.items():
+        if len(ids) != 1:  # an engine tells the probability of a whole word, GRPO needs that of each token
+            raise ConfigError(
+                f"the base's tokenizer writes the verdict {word!r} in {len(ids)} tokens, expected 1: take another base"
+            )
+    return codec
 
 
 def make_empty_batch() -> TokenBatch:
@@ -120,7 +120,7 @@ def make_verdict_batch(
                 chance = (each.reading.yes, each.reading.no)[choice] * each.reading.mass
                 if advantage and chance > 0:
                     ids = tuple(codec.encode(each.prompt))
-                    row = Completion(k, ids, (codec.verdict_ids[word],), (math.log(chance),), word, "stop")
+                    row = Completion(k, ids, codec.verdict_ids[word], (math.log(chance),), word, "stop")
                     rows.append((row, advantage, number))
     masses = [each.reading.mass for _, asked in pairs for each in asked]
     metrics = {

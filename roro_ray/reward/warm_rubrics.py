@@ -155,8 +155,8 @@ class WarmExamples:
         examples = []
         for preferred, k, verdict in _sure_verdicts(record):
             prompt = self.codec.encode(self.judge_prompt.join(heads[better if preferred else worse], questions[k]))
-            ids = [*prompt, self.codec.verdict_ids["yes" if verdict else "no"]]
-            examples.append((ids, [False] * len(prompt) + [True]))
+            word = self.codec.verdict_ids["yes" if verdict else "no"]
+            examples.append(([*prompt, *word], [False] * len(prompt) + [True] * len(word)))
         return examples
 
 
