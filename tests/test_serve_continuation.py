@@ -28,11 +28,12 @@ from serving import (
 from roro_ray.config import EpisodeConfig, ModelConfig, PoolConfig
 from roro_ray.engines.formats import PromptFormat
 from roro_ray.engines.openai_api import OpenAIEngine
-from roro_ray.engines.pool import EnginePool
+from roro_ray.engines.pool import EnginePool, make_pool
 from roro_ray.engines.protocol import EngineFacts, StepRequest, StepResult
 from roro_ray.routing.episode import EpisodeSpec
 from roro_ray.routing.runner import Runner
 from roro_ray.types import Trajectory
+from roro_ray.world.tasks import make_queries
 from serve.continuation import split_beginning
 from serve.service import ServiceOptions
 from tests.fakes import make_query
@@ -310,3 +311,29 @@ def test_a_pool_of_pools_gives_the_answer_of_the_pool() -> None:
 def test_the_notes_of_the_fakes_are_these_steps() -> None:
     write = write_notes()
     assert [write("q\n\n" + "x\n\n" * index) for index in range(4)] == list(STEPS)
+
+
+@pytest.mark.slow
+def test_real_models_behind_our_endpoint_write_what_they_write_here() -> None:
+    """Steps by the embedded world's models through HTTP, chat and continuation, and from the same engine at hand."""
+    pool = make_pool(PoolConfig())
+    queries = [query.text for suite in ("chain", "word") for query in make_queries(suite, "test", 3, 0)]
+
+    async def write(engine: Any, query: str, live: bool = False) -> list[tuple[str, str, int]]:
+        prefix, results = (await engine.ready()).format.open(query), []
+        while len(results) < 8 and (not results or results[-1].finish == "delimiter"):
+            *_, result = [part async for part in engine.stream_step(StepRequest(prefix, 48))]
+            if not live:
+                result = await engine.generate_step(StepRequest(prefix, 48))
+            assert isinstance(result, StepResult)
+            results.append(result)
+            prefix += result.text + "\n\n"
+        return [(result.text, result.finish, len(result.token_ids)) for result in results]
+
+    async def write_all(engine: Any) -> list[list[tuple[str, str, int]]]:
+        return [await write(engine, query, live) for query in queries for live in (False, True)]
+
+    with serving(make_served(pool.engines)) as url:
+        for engine in pool.engines:
+            far = asyncio.run(write_all(far_engine(url, engine.name)))
+            assert far == asyncio.run(write_all(engine)), engine.name
