@@ -44,6 +44,8 @@ def make_engine_args(
         "enable_prefix_caching": pool.cache_mb > 0,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
+        # A model that loves blank lines may otherwise fill its whole answer with them between two brackets.
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
         "trust_remote_code": False,
     }
     if max_context is not None:

@@ -222,9 +222,9 @@ class _Stepper:
             self._wake.notify()
 
     def stop(self) -> None:
-        """Close every engine: torch does not survive a thread that computes while the interpreter ends."""
+        """End the thread: torch does not survive one that computes while the interpreter ends."""
         for backend in self._backends:
-            backend.close()
+            self.remove(backend)
 
     def _run(self) -> None:
         while backends := self._next():
