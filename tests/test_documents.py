@@ -56,10 +56,11 @@ def check_curl(command: str) -> None:
 
 
 def check_ray(command: str) -> None:
-    """A subcommand of `ray` or `serve` with options that it has, and files that are there."""
-    words = shlex.split(command)
+    """A subcommand of `ray`, `serve` or `hf` with options that it has, and files that are there."""
+    words, _, _ = (part.split() for part in shlex.join(shlex.split(command)).partition(" -- "))
     program = str(Path(sys.executable).parent / words[0])
-    shown = subprocess.run([program, words[1], "--help"], capture_output=True, text=True, timeout=100)
+    below = words[1:3] if words[1] == "job" else words[1:2]
+    shown = subprocess.run([program, *below, "--help"], capture_output=True, text=True, timeout=100)
     assert shown.returncode == 0, (command, shown.stderr)
     for word in words[2:]:
         if word.startswith("--"):
@@ -70,7 +71,7 @@ def check_ray(command: str) -> None:
 
 @pytest.mark.parametrize(("document", "command"), COMMANDS, ids=[f"{d}:{c[:40]}" for d, c in COMMANDS])
 def test_a_printed_command_can_be_typed(document: str, command: str) -> None:
-    kinds = {"make": check_make, "curl": check_curl, "ray": check_ray, "serve": check_ray}
+    kinds = {"make": check_make, "curl": check_curl, "ray": check_ray, "serve": check_ray, "hf": check_ray}
     first = command.split()[0]
     if first == "python":
         check_module(command)
