@@ -135,6 +135,30 @@ async def test_no_part_of_a_mark_that_may_be_forming_is_told(
     )
 
 
+async def test_a_reader_need_not_wait_for_the_end_of_a_long_step(tiny_model: ModelMaker) -> None:
+    engine = HfEngine("tested", str(tiny_model(tied=True)), memo_entries=0)
+    await engine.ready()
+    request = StepRequest("Okay, so", 600, delimiter="")
+    whole = await engine.generate_step(request)
+    expected = await engine.generate_step(replace(request, max_tokens=10, temperature=1.0))
+    assert len(whole.token_ids) == 600
+    long, order = engine.stream_step(request), []
+
+    async def read(stream: Any, name: str) -> StepResult:
+        async for part in stream:
+            order.append((name, type(part)))
+        return part  # type: ignore[no-any-return]
+
+    await anext(long)
+    later = engine.stream_step(replace(request, max_tokens=10, temperature=1.0))
+    results = await asyncio.gather(read(long, "long"), read(later, "later"))
+    assert order.index(("later", StepResult)) < order.index(("long", StepResult))
+    assert [result.token_ids for result in results] == [whole.token_ids, expected.token_ids]
+    prefix = len(AutoTokenizer.from_pretrained(tiny_model()).encode(request.prefix))
+    # Rows that go on in another batch compute their last token's state there, and no other one again.
+    assert engine.stats.tokens_prefilled < 3 * prefix + 100
+
+
 def test_the_same_alone_and_among_requests_that_end_otherwise(tiny_model: ModelMaker) -> None:
     alone, together = make_engine(tiny_model(), cache_mb=0), make_engine(tiny_model())
     requests = [request for ending in ENDINGS for request in make_requests(alone, ending)]

@@ -114,6 +114,12 @@ class MicroBatcher(Generic[Q, R]):
         """Requests that wait for the next batch."""
         return len(self._pending)
 
+    @property
+    def has_waiting_sink(self) -> bool:
+        """Whether a request that waits for the next batch wants its answer while it is made."""
+        with self._lock:
+            return any(job.sink is not None and job.state is None for job in self._pending)
+
     async def submit(self, request: Q, key: Hashable | None = None) -> R:
         """The answer to one request; requests with the same key share one computation."""
         future = self.enqueue(request, key)

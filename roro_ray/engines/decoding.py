@@ -59,6 +59,7 @@ class StepDecoder:
         most_tokens: int,
     ):
         self.stats = DecodeStats()
+        self.capacity = capacity
         self._root = 0
         self._model = model
         self._text = text

@@ -22,6 +22,8 @@ Result = StepResult | ChoiceScores
 EngineJob = Job[Request, Result]
 
 _TAIL_SHARE = 4  # a batch shrunk below 1/4 makes way for waiting requests
+_JOIN_PASSES = 2  # tokens after which a batch lets a waiting reader's request join
+_JOIN_TOKENS = 1 << 13  # of all rows together, in a batch that is small enough for that
 
 
 class BatchWorker:
@@ -79,9 +81,11 @@ class BatchWorker:
         streams = [(job_of[id(row)].sink, row) for row in rows]
         streamed = [(stream, row) for stream, row in streams if isinstance(stream, StepStream)]
         cancelled = self._batcher.cancelled
+        passes = 0
 
         def keep(alive: list[Row]) -> list[Row]:
-            nonlocal cancelled
+            nonlocal cancelled, passes
+            passes += 1
             if streamed:
                 hand_over(streamed)
             if self._batcher.cancelled != cancelled:
@@ -89,13 +93,26 @@ class BatchWorker:
                 # Of all rows, since those of a later chunk would otherwise be computed for nobody.
                 self._batcher.drop_abandoned([job for job in job_of.values() if not job.done])
             alive = [row for row in alive if not job_of[id(row)].done]
-            if _TAIL_SHARE * len(alive) > len(rows) or self._batcher.pending < _TAIL_SHARE * len(alive):
+            if not self._makes_way(alive, len(rows), passes):
                 return alive
-            # A few long steps would hold up many waiting ones: they go on in the next batch.
             self._batcher.put_back([job_of[id(row)] for row in alive])
             return []
 
         return keep
+
+    def _makes_way(self, alive: list[Row], size: int, passes: int) -> bool:
+        """Whether a batch that began with `size` rows should end here: the rows alive go on in the next one."""
+        pending = self._batcher.pending
+        if not pending or not alive:
+            return False
+        if _TAIL_SHARE * len(alive) <= size and pending >= _TAIL_SHARE * len(alive):
+            return True  # a few long steps would hold up many waiting ones
+        if passes < _JOIN_PASSES or not self._batcher.has_waiting_sink:
+            return False
+        # A reader waits for the first words: they come at once if the next batch holds the rows and the newcomer. That
+        # costs moving the rows' states, which must be few, and kept.
+        tokens = sum(len(row.ids) for row in alive)
+        return tokens <= min(_JOIN_TOKENS, self._decoder.capacity // 2)
 
     def _make_rows(self, jobs: list[EngineJob]) -> list[Row | None]:
         """A row for each job (None where it cannot be: then the job has failed)."""
