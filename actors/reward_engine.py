@@ -29,7 +29,7 @@ def open_model(config: Config, model: ModelConfig, make: MakeEngine = make_model
         DeadlineError: not ready within `ray.timeout_s`.
         EngineError: the model does not load.
     """
-    gpus = (model.gpus or config.ray.engine_gpus) * model.tensor_parallel
+    gpus = model.gpus or config.ray.engine_gpus  # of the actor, however many share one copy of the weights
     bundle = {"CPU": config.ray.engine_cpus, "GPU": gpus}
     wait_for_resources([bundle], f"model {model.name}", config.ray.timeout_s, config.ray.autoscaler)
     options = {"num_cpus": config.ray.engine_cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 3}

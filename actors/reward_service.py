@@ -221,7 +221,7 @@ class RewardClient:
             from roro_ray.reward.engine_reward import resolve_reward
 
             reward = resolve_reward(config)
-            gpus = gpus or reward.engine.gpus * reward.engine.tensor_parallel
+            gpus = gpus or reward.engine.gpus
         bundle = {"CPU": settings.reward_cpus, "GPU": gpus}
         wait_for_resources([bundle], "the reward service", settings.timeout_s, settings.autoscaler)
         actor = ray.remote(RewardService).options(
