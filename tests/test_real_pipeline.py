@@ -6,6 +6,7 @@ own chat template, thinking blocks, models of two families in one solution, grad
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from pathlib import Path
@@ -113,11 +114,18 @@ def run_pipeline(config: Config, root: Path) -> dict:
     return summary
 
 
-@pytest.mark.parametrize("benchmark", sorted(BENCHMARKS))
-def test_twenty_problems_of_each_benchmark_go_through(benchmark: str, models: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("benchmark", "engine"),
+    [*((benchmark, "hf") for benchmark in sorted(BENCHMARKS)), pytest.param("math500", "vllm", marks=pytest.mark.slow)],
+)
+def test_twenty_problems_of_each_benchmark_go_through(
+    benchmark: str, engine: str, models: Path, tmp_path: Path
+) -> None:
     if not (SOURCE / benchmark).exists():
         pytest.skip(f"no benchmark files in {SOURCE}: set RORO_BENCHMARKS to a folder that has them")
-    summary = run_pipeline(make_config(tmp_path, models, benchmark, "hf"), tmp_path)
+    if engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        pytest.skip("vllm is not installed: make setup-vllm")
+    summary = run_pipeline(make_config(tmp_path, models, benchmark, engine), tmp_path)
     overall = summary["suites"]["overall"]
     for method in ("small", "large", "random", "confidence", "roro"):
         entry = overall[method]
