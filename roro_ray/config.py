@@ -157,7 +157,7 @@ class LoraConfig:
     rank: int = 16  # of every adapter
     alpha: float = 32.0  # adapters are scaled by alpha / rank
     target_modules: list[str] = field(default_factory=list)  # names of modules to adapt; empty: every linear layer
-    attention: str = "auto"  # auto: flash_attention_2 where it runs, else segments | segments | sdpa | flash_attention_2
+    attention: str = "auto"  # auto (flash_attention_2 or segments) | segments | sdpa | flash_attention_2
     gradient_checkpointing: bool = True  # keep no activations inside a layer: less memory, a third more computation
     token_budget: int = 16384  # tokens of one packed row, which is one forward pass; no sequence may be longer
     logits_chunk: int = 512  # tokens whose logits (chunk x vocabulary, float32) are held at once
