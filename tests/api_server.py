@@ -44,8 +44,8 @@ class ScriptedApi:
     """What the endpoint does.
 
     `answers` by question. `chat` is how a last message is continued (`continue_final_message`, `prefix`, `trailing`, or
-    `restarts`: not at all). `refuses` are fields that are a 400; `top_logprobs` the most alternatives (-1: log-
-    probabilities are refused, -2: left out in silence). `failures` come first, one for each request. `breaks` ends
+    `restarts`: not at all). `refuses` are fields that are a 400 (`refusal`); `top_logprobs` the most alternatives (-1:
+    log-probabilities are refused, -2: left out in silence). `failures` come first, one for each request. `breaks` ends
     streams after so many chunks, `pause_s` stands before each chunk.
     """
 
@@ -55,6 +55,7 @@ class ScriptedApi:
     tells_stop: bool = True
     trims: bool = False
     refuses: tuple[str, ...] = ()
+    refusal: str = "Unrecognized request argument supplied: {}"
     top_logprobs: int = 20
     ignores_stop: bool = False
     separates_thinking: bool = False
@@ -117,7 +118,7 @@ class ScriptedApi:
     def _find_fault(self, body: Json, path: str) -> str:
         for name in self.refuses:
             if name in body:
-                return f"Unrecognized request argument supplied: {name}"
+                return self.refusal.format(name)
         wanted = body.get("top_logprobs", body.get("logprobs"))
         if wanted and self.top_logprobs == -1:
             return "logprobs is not supported"
@@ -171,7 +172,7 @@ class ScriptedApi:
 
     def _write(self, body: Json, path: str) -> Json:
         question, begun = self._read_prompt(body, path)
-        tokens = self._continue(question, begun)[: body["max_tokens"]]
+        tokens = self._continue(question, begun)[: body.get("max_tokens") or body["max_completion_tokens"]]
         text, met, used, finish = "", None, [], "length"
         stops = [] if self.ignores_stop else body.get("stop") or []
         for token in tokens:
@@ -262,6 +263,24 @@ class ScriptedApi:
         except (asyncio.CancelledError, GeneratorExit):
             self.left += 1
             raise
+
+
+class Host:
+    """One server for many endpoints, each under a path of its own: starting one for each test would take longer."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self._apps: list[Starlette] = []
+
+    def add(self, api: ScriptedApi) -> str:
+        """The url of an endpoint (without /v1), once the host listens."""
+        self._apps.append(api.app)
+        return f"{self.url}/{len(self._apps) - 1}"
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            _, number, path = scope["path"].split("/", 2)
+            await self._apps[int(number)]({**scope, "path": f"/{path}"}, receive, send)
 
 
 def sse(chunk: Json) -> bytes:

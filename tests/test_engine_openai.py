@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest
-from api_server import LOG_PROB, Failure, ScriptedApi, split_tokens
+from api_server import LOG_PROB, Failure, Host, ScriptedApi, split_tokens
 from serving import listening
 
 from roro_ray.config import ModelConfig, PoolConfig
@@ -21,6 +21,7 @@ from roro_ray.engines.api_limits import ApiLimits, TokenBucket, read_limits
 from roro_ray.engines.api_prompts import make_chat_format, split_chat
 from roro_ray.engines.api_replies import Reply, make_handles, measure_entropy, spell
 from roro_ray.engines.openai_api import OpenAIEngine
+from roro_ray.engines.pool import make_engine
 from roro_ray.engines.protocol import StepDelta, StepRequest, StepResult
 from roro_ray.errors import ConfigError, EngineError, EngineUnavailableError
 
@@ -38,6 +39,15 @@ MODES = {
 }
 
 
+HOST = Host()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def host() -> Iterator[None]:
+    with listening(HOST) as HOST.url:
+        yield
+
+
 def make_api(mode: str = "completions", **options: Any) -> ScriptedApi:
     completions = mode == "completions"
     return ScriptedApi({QUESTION: ANSWER}, completions=completions, chat="" if completions else mode, **options)
@@ -45,16 +55,16 @@ def make_api(mode: str = "completions", **options: Any) -> ScriptedApi:
 
 @contextmanager
 def engine_for(api: ScriptedApi, **settings: Any) -> Iterator[OpenAIEngine]:
-    """An engine of a scripted endpoint that listens on loopback; waits between attempts are not slept."""
-    with listening(api.app) as url:
-        model = ModelConfig(**{"name": "far", "path": "scripted", "engine": "openai", "url": f"{url}/v1", **settings})
-        engine = OpenAIEngine.from_config(model, PoolConfig())
+    """An engine of a scripted endpoint; waits between attempts are not slept."""
+    url = f"{HOST.add(api)}/v1"
+    model = ModelConfig(**{"name": "far", "path": "scripted", "engine": "openai", "url": url, **settings})
+    engine = OpenAIEngine.from_config(model, PoolConfig())
 
-        async def skip(seconds: float) -> None:
-            await asyncio.sleep(0)
+    async def skip(seconds: float) -> None:
+        await asyncio.sleep(0)
 
-        engine.client._sleep = skip
-        yield engine
+    engine.client._sleep = skip
+    yield engine
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
@@ -375,6 +385,13 @@ def test_refused_fields_are_left_out_and_only_those() -> None:
     assert all(not set(refuses) & set(body) and "logprobs" in body for body in api.steps[-3:])
 
 
+def test_the_limits_successor_is_used_where_it_is_asked_for() -> None:
+    api = make_api("trailing", refuses=("max_tokens",), refusal="Unsupported: {}. Use 'max_completion_tokens' instead.")
+    results = ask(api, write_all)
+    assert [result.text for result in results] == list(STEPS)
+    assert all(body["max_completion_tokens"] == 40 and "seed" in body for body in api.steps)
+
+
 def test_a_schema_goes_along_where_it_is_taken() -> None:
     api = make_api()
     ask(api, lambda engine: write_all(engine, schema='{"type": "object"}'))
@@ -448,9 +465,8 @@ class FakeTime:
 def client_for(api: ScriptedApi, **limits: Any) -> Iterator[tuple[ApiClient, FakeTime]]:
     """A client whose random waits are always the longest possible."""
     time = FakeTime()
-    with listening(api.app) as url:
-        made = ApiLimits(**limits)
-        yield ApiClient("far", f"{url}/v1", "", made, time.clock, time.sleep, lambda low, high: high), time
+    url, made = f"{HOST.add(api)}/v1", ApiLimits(**limits)
+    yield ApiClient("far", url, "", made, time.clock, time.sleep, lambda low, high: high), time
 
 
 BODY = {"model": "m", "prompt": QUESTION, "max_tokens": 3}
@@ -649,6 +665,11 @@ def test_limits_are_read_strictly() -> None:
     ):
         with pytest.raises(ConfigError, match=told):
             read_limits(given, "m")
+
+
+def test_the_pool_makes_this_engine() -> None:
+    model = ModelConfig("far", "m", engine="openai", url="http://localhost/v1")
+    assert isinstance(make_engine(model, PoolConfig()), OpenAIEngine)
 
 
 def test_settings_that_cannot_work_are_refused() -> None:

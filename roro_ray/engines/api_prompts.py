@@ -29,7 +29,7 @@ class ApiTraits:
     each token; -1: no log-probabilities at all. `trims`: it drops white space at the end of the text to be continued.
     `tells_stop`: it tells stop strings from the end of sequence. `seeds`, `bare` (it can be told to add no special
     tokens), `no_think` (its template can be told to open no thinking block), `echoes` (it scores a prompt), `schemas`
-    and `usage` (in streams): whether it takes these.
+    and `usage` (in streams): whether it takes these. `new_limit`: it calls the limit of tokens max_completion_tokens.
     """
 
     style: str = ""
@@ -42,6 +42,7 @@ class ApiTraits:
     usage: bool = True
     trims: bool = False
     tells_stop: bool = False
+    new_limit: bool = False
 
     @property
     def path(self) -> str:
@@ -55,6 +56,7 @@ class ApiTraits:
             message: the refusal, which often quotes the field that it does not take.
         """
         named = [
+            ("max_completion_tokens" in message and not self.new_limit, replace(self, new_limit=True)),
             ("logprobs" in message and self.top_logprobs >= 0, self._fewer_logprobs()),
             ("seed" in message and self.seeds, replace(self, seeds=False)),
             ("add_special_tokens" in message and self.bare, replace(self, bare=False)),
@@ -116,7 +118,7 @@ def make_prompt(traits: ApiTraits, prefix: str, plain: bool, thinks: bool) -> Bo
 
 def make_options(traits: ApiTraits, max_tokens: int, temperature: float, top_p: float, seed: int) -> Body:
     """The part of a request that says how to decode."""
-    body: Body = {"max_tokens": max_tokens, "temperature": temperature}
+    body: Body = {"max_completion_tokens" if traits.new_limit else "max_tokens": max_tokens, "temperature": temperature}
     if temperature > 0 and top_p < 1:
         body["top_p"] = top_p
     if traits.seeds:

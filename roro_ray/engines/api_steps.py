@@ -201,7 +201,7 @@ class ApiWriter:
 
     def _begin(self, request: StepRequest, draft: _Draft) -> _Segment:
         traits = self.traits
-        sent = (request.delimiter,) if request.delimiter and not traits.trims else ()
+        sent: tuple[str, ...] = (request.delimiter,) if request.delimiter and not traits.trims else ()
         if traits.tells_stop or not (sent or traits.trims):
             sent += request.stops  # elsewhere one stop string could not be told from another: these are cut here
         before = split_chat(request.prefix + draft.text)[1] if traits.trims else ""
@@ -237,7 +237,7 @@ class ApiWriter:
         self, request: StepRequest, written: str, stops: tuple[str, ...], budget: int, streamed: bool
     ) -> AsyncGenerator[dict[str, Any], None]:
         """The reply or its chunks; what the endpoint does not take of the optional fields is left out from then on."""
-        without: dict[str, bool] = {}
+        without: dict[str, Any] = {}
         wanted = (["schemas"] if request.schema else []) + (["usage"] if streamed else [])
         while True:
             traits = replace(self.traits, **without)

@@ -9,6 +9,7 @@ alternatives means entropy NaN. The router then sees 0 for both, and should be t
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import logging
@@ -115,7 +116,7 @@ class OpenAIEngine:
         mode, reason = self.model.api_mode, ""
         if mode != "chat":
             try:
-                format = self._make_text_format()
+                format = await asyncio.to_thread(self._make_text_format)
                 probe = self._make_probe(format.thinks)
                 return await probe.find_completions(format.open("Hello.")), format, ""
             except EngineError as error:
@@ -127,6 +128,7 @@ class OpenAIEngine:
                 if mode == "completions":
                     raise
                 reason = f"no prompt format for completions: {error}"
+                logger.warning("engine %s: %s; trying chat", self.name, reason)
         thinks = self.model.thinking == "on"
         try:
             return await self._make_probe(thinks).find_chat(), make_chat_format(thinks), reason
