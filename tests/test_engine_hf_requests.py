@@ -17,6 +17,9 @@ from transformers import AutoTokenizer
 from roro_ray.engines.hf import HfEngine
 from roro_ray.engines.loading import load_model
 from roro_ray.engines.protocol import PrefixIds, Prices, StepDelta, StepRequest, StepResult
+from roro_ray.engines.rows import Row
+from roro_ray.engines.streaming import StepStream, hand_over
+from roro_ray.engines.text import StepText
 from roro_ray.errors import ConfigError, EngineError
 
 pytestmark = pytest.mark.timeout(60)
@@ -157,6 +160,27 @@ async def test_a_reader_need_not_wait_for_the_end_of_a_long_step(tiny_model: Mod
     prefix = len(AutoTokenizer.from_pretrained(tiny_model()).encode(request.prefix))
     # Rows that go on in another batch compute their last token's state there, and no other one again.
     assert engine.stats.tokens_prefilled < 3 * prefix + 100
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "world:small", "world:cross"])
+async def test_a_long_text_is_told_as_if_it_were_rendered_whole(family: str, tiny_model: ModelMaker) -> None:
+    loaded = load_model(family if ":" in family else str(tiny_model(family)), "cpu", "float32")
+    text = StepText(loaded.tokenizer, loaded.eos_ids, loaded.vocabulary)
+    draw = random.Random(0)
+    usable = [token for token in range(len(loaded.tokenizer)) if token not in loaded.eos_ids]
+    answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    for ending in (text.make_ending("", ()), text.make_ending("", ("</thinks>", "\n\n\n"))):
+        stream, row, told = StepStream(text, (), ending), Row([0], 1, 999), ""
+        for _ in range(300):
+            row.ids += [draw.choice(usable) for _ in range(draw.choice((1, 1, 1, 5)))]
+            if text.end(row.ids[1:], 9999, ending) is not None:
+                break
+            hand_over([(stream, row)])
+            delta = await stream.next_delta(answer)
+            assert delta is not None
+            told += delta.text
+            assert told == text.certain(row.ids[1:], ending)
+        assert len(told) > 200
 
 
 def test_the_same_alone_and_among_requests_that_end_otherwise(tiny_model: ModelMaker) -> None:

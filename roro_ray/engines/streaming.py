@@ -17,6 +17,8 @@ from roro_ray.engines.protocol import StepDelta
 from roro_ray.engines.rows import Row
 from roro_ray.engines.text import HALF_CHARACTER, Ending, StepText
 
+_SETTLED_AT_ONCE = 64  # tokens
+
 
 class StepStream:
     """The tokens of one step between decode thread and reader; made in the reader's event loop.
@@ -36,6 +38,7 @@ class StepStream:
         self._arrived: list[int] = []
         self._wake = asyncio.Event()
         self._watched = False
+        self._before, self._settled = "", 0  # text of the first tokens that ends with a whole character, their number
 
     def put(self, row: Row) -> bool:
         """Take the row's new tokens (decode thread); True where the reader must be woken for them."""
@@ -72,10 +75,20 @@ class StepStream:
 
     def _make_delta(self, tokens: list[int]) -> StepDelta:
         self._ids += tokens
-        certain = self._text.certain(self._ids, self._ending)
+        certain = self._text.certain(self._ids, self._ending, self._render())
         new = certain[self._told :]
         self._told += len(new)
         return StepDelta(tuple(tokens), new)
+
+    def _render(self) -> str | None:
+        """The text of all tokens, most of it rendered before: a long answer would cost the square of its length."""
+        if not self._text.concatenates:
+            return None
+        tail = self._text.render(self._ids[self._settled :])
+        whole = self._before + tail
+        if len(self._ids) - self._settled >= _SETTLED_AT_ONCE and not tail.endswith(HALF_CHARACTER):
+            self._before, self._settled = whole, len(self._ids)
+        return whole
 
 
 def hand_over(streams: Sequence[tuple[StepStream, Row]]) -> None:

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from tokenizers import decoders
 from transformers import PreTrainedTokenizerBase
 
 from roro_ray.config import STEP_DELIMITER
@@ -54,6 +55,8 @@ class StepText:
             # A tokenizer.json may ask for truncation or padding, which would change a prefix in silence.
             self._backend.no_truncation()
             self._backend.no_padding()
+        # Then the text of a run of tokens, cut between two characters, is that of its parts.
+        self.concatenates = self._backend is not None and isinstance(self._backend.decoder, decoders.ByteLevel)
         self.vocabulary = vocabulary
         tokens = range(min(len(tokenizer), vocabulary))
         self._pieces: list[str] = tokenizer.batch_decode([[token] for token in tokens], skip_special_tokens=False)
@@ -96,14 +99,15 @@ class StepText:
         stops = tuple(filter(None, stops))
         return Ending(delimiter, stops, min_tokens, self._make_table((delimiter, *stops) if delimiter else stops))
 
-    def certain(self, ids: Sequence[int], ending: Ending | None = None) -> str:
+    def certain(self, ids: Sequence[int], ending: Ending | None = None, rendered: str | None = None) -> str:
         """What no further token can change of the text of an unfinished step.
 
         Bytes that are not yet a character are rendered as replacement characters at the end, and the beginning of a
-        delimiter or another mark may become one: both are left out.
+        delimiter or another mark may become one: both are left out. `rendered` is the text of the ids, where it is
+        known (of a tokenizer that `concatenates`).
         """
         rule = ending or self.ending
-        text = self.render([*ids, *self._spoiler])
+        text = self.render([*ids, *self._spoiler]) if rendered is None else rendered
         found = self._find_mark(text, ids, rule)
         text = (text[: found[0]] if found else text).rstrip(HALF_CHARACTER)
         return text[: len(text) - max((_overlap(text, mark) for mark in (rule.delimiter, *rule.stops)), default=0)]
