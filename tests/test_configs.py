@@ -12,6 +12,7 @@ import pytest
 
 from roro_ray.config import Config
 from roro_ray.engines.shapes import read_shape
+from roro_ray.errors import ConfigError
 from roro_ray.estimate.memory import check_together, plan_roles, stage_gpus
 from roro_ray.settings import load_config
 
@@ -117,3 +118,11 @@ def test_the_models_are_those_that_were_asked_for() -> None:
     for name in ON_GPUS:
         config = load(name)
         assert config.router.encoder == "Qwen/Qwen3-0.6B" and config.lora.base == "Qwen/Qwen3-4B"
+
+
+def test_a_model_that_is_spread_over_gpus_asks_for_them_all() -> None:
+    with pytest.raises(ConfigError, match=r"gpus=1.* and tensor_parallel=2 contradict"):
+        load_config(["pool.models[1].gpus=1"], ROOT / "configs" / "same_family.yaml")
+    for name in ON_GPUS:
+        config = load(name)
+        assert all(model.tensor_parallel <= max(model.gpus, 1) for model in config.pool.models)

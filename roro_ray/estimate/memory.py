@@ -17,7 +17,7 @@ from roro_ray.engines.shapes import BYTES_OF, Shape, read_shape
 
 GIB = 2**30
 GPUS_PER_NODE = 8
-_VLLM_FRACTION = 0.9  # vLLM's own default where pool.models[].memory_fraction is 0
+_VLLM_FRACTION = 0.92  # vLLM's own default where pool.models[].memory_fraction is 0
 _ENGINE_RESERVE = 2 * GIB  # activations of a forward pass and CUDA graphs
 _TRAINED_BYTES = 16  # per float32 parameter: weight, gradient, Adam's two moments
 _MOST_TOGETHER = 0.95  # of one GPU's memory, over the processes that share it
