@@ -7,6 +7,7 @@ concurrent requests into one remote call, because a call costs about a milliseco
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from actors.waiting import wait_async
 from roro_ray.config import Config, ModelConfig, PoolConfig
 from roro_ray.engines.protocol import ChoiceScores, Engine, EngineFacts, StepRequest, StepResult
 from roro_ray.errors import EngineError, RoroError
+from roro_ray.gpu_checks import count_gpus, shares_gpu
 from roro_ray.learning.adapter_files import AdapterVersion
 
 _MOST_CALLS = 2  # in flight per worker and model: the next batch gathers while these are computed
@@ -33,9 +35,12 @@ def make_model_engine(model: ModelConfig, pool: PoolConfig) -> Engine:
 
 
 class EngineActor:
-    """The actor: one engine, asked in batches. The constructor stores; `ready` loads."""
+    """The actor: one engine, asked in batches. The constructor stores; `ready` loads.
 
-    def __init__(self, make: Callable[[], Engine]) -> None:
+    `before` is what another engine says once it is ready: Ray makes this actor then, and not earlier.
+    """
+
+    def __init__(self, make: Callable[[], Engine], before: EngineFacts | None = None) -> None:
         self._engine = make()
         self._loading = asyncio.Lock()
         self._adapters: dict[str, int] = {}
@@ -62,6 +67,8 @@ class EngineActor:
         await self._engine.ready()  # free when loaded; after a restart nobody else asks for it
         await self.load_adapters(parcels)
         results = await asyncio.gather(*(self._serve_one(item) for item in items), return_exceptions=True)
+        if getattr(self._engine, "is_dead", False):
+            os._exit(1)  # Ray starts the actor anew, with a new engine, and asks it again
         return [result if not isinstance(result, BaseException) else _portable(result) for result in results]
 
     async def _serve_one(self, item: Item) -> StepResult | ChoiceScores:
@@ -171,11 +178,22 @@ def _restore_engine(name: str, actor: Any, timeout_s: float, parcels: dict[str, 
 
 
 def start_engines(config: Config, make: MakeEngine = make_model_engine) -> tuple[RemoteEngine, ...]:
-    """One actor per model of the pool, cheap to dear; they load when first asked whether they are ready."""
-    actor = ray.remote(EngineActor).options(
-        num_cpus=config.ray.engine_cpus, num_gpus=config.ray.engine_gpus, max_restarts=-1, max_task_retries=3
-    )
-    return tuple(
-        RemoteEngine(model.name, actor.remote(partial(make, model, config.pool)), config.episode.timeout_s)
-        for model in config.pool.models
-    )
+    """One actor per model of the pool, cheap to dear; they load when first asked whether they are ready.
+
+    Those that may share a GPU load one after another: vLLM measures what memory is free while it starts.
+    """
+    engines: list[RemoteEngine] = []
+    before: tuple[Any, ...] = ()
+    for model in config.pool.models:
+        actor = ray.remote(EngineActor).options(
+            num_cpus=config.ray.engine_cpus,
+            num_gpus=count_gpus(model, config.ray),
+            max_restarts=-1,
+            max_task_retries=3,
+        )
+        shares = shares_gpu(model, config.ray)
+        handle = actor.remote(partial(make, model, config.pool), *(before if shares else ()))
+        if shares:
+            before = (handle.ready.remote(),)
+        engines.append(RemoteEngine(model.name, handle, config.episode.timeout_s))
+    return tuple(engines)

@@ -14,6 +14,7 @@ from typing import Any
 from roro_ray.config import Config, LoraConfig
 from roro_ray.data.sources import check_data
 from roro_ray.errors import ConfigError, did_you_mean
+from roro_ray.gpu_checks import check_gpus
 from roro_ray.types import PairKind, Peek
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -185,6 +186,7 @@ def check_config(settings: Config) -> None:
     _check_calibrate(settings)
     _check_lora(settings.lora)
     _check_relations(settings)
+    check_gpus(settings)
 
 
 def _check_choice(key: str, got: str, allowed: Collection[str]) -> None:

@@ -49,13 +49,19 @@ class EnginePool:
         return self._facts
 
     async def ready(self) -> tuple[EngineFacts, ...]:
-        """Load every model; again at no cost.
+        """Load every model; again at no cost. Engines on one GPU load in turn: each measures what memory is free.
 
         Raises:
             EngineError: a model directory is missing or incomplete.
         """
         if not self._facts:
-            self._facts = tuple(await asyncio.gather(*(engine.ready() for engine in self.engines)))
+            turns: dict[str, asyncio.Lock] = {}
+
+            async def load(engine: Engine) -> EngineFacts:
+                async with turns.setdefault(getattr(engine, "gpu", "") or engine.name, asyncio.Lock()):
+                    return await engine.ready()
+
+            self._facts = tuple(await asyncio.gather(*map(load, self.engines)))
         return self._facts
 
     def with_engines(self, engines: Sequence[Engine]) -> EnginePool:

@@ -85,6 +85,11 @@ class VllmEngine:
         return self._facts if self._facts is not None else await asyncio.to_thread(self._load)
 
     @property
+    def gpu(self) -> str:
+        """The GPU whose memory it takes a share of; empty on a CPU."""
+        return "cuda:0" if self._model.device == "cuda" else self._model.device.removeprefix("cpu")
+
+    @property
     def is_dead(self) -> bool:
         """Whether vLLM is gone for good: whoever hosts the engine should end, to be started anew."""
         return self._facts is not None and self._loaded.backend.is_dead

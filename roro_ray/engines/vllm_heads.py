@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from roro_ray.errors import EngineError
 
@@ -24,10 +25,10 @@ _FAMILIES = ("llama", "qwen2", "qwen3")
 
 
 def read_head(directory: Path) -> int:
-    """The width of a model's attention heads."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    heads = config.get("num_attention_heads")
-    return int(config.get("head_dim") or (config["hidden_size"] // heads if heads else 0))
+    """The width of a model's attention heads; 0 where it has none."""
+    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False).get_text_config()
+    heads = getattr(config, "num_attention_heads", 0)
+    return int(getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0))
 
 
 def is_narrow(directory: Path) -> bool:
