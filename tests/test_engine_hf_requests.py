@@ -265,9 +265,9 @@ def test_a_context_shorter_than_the_positions_is_kept_to(tiny_model: ModelMaker)
         make_engine(tiny_model(), max_context=5000)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_decodes(dtype: str, tiny_model: ModelMaker) -> None:
-    engine = make_engine(tiny_model(), dtype=dtype)
+@pytest.mark.parametrize(("family", "dtype"), [("qwen3", "bfloat16"), ("qwen3_moe", "bfloat16"), ("llama", "float16")])
+def test_half_precision_decodes(family: str, dtype: str, tiny_model: ModelMaker) -> None:
+    engine = make_engine(tiny_model(family), dtype=dtype)
     results = generate(engine, make_requests(engine, ("\n\n", ("</think>",), 2)))
     assert {result.finish for result in results} >= {"delimiter"}
     assert all(len(result.log_probs) == len(result.token_ids) for result in results)
