@@ -9,7 +9,6 @@ attribute of ours, in no message and in no pickle.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ipaddress
 import logging
 import math
@@ -18,12 +17,11 @@ import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
-from roro_ray.engines.api_limits import ApiLimits, Clock, TokenBucket
+from roro_ray.engines.api_limits import ApiLimits, Clock, TokenBucket, read_retry_after
 from roro_ray.errors import ConfigError, EngineError, EngineUnavailableError
 
 logger = logging.getLogger(__name__)
@@ -225,7 +223,7 @@ class ApiClient:
         message = self._redact(f"{status}: {told}")
         final = body.get("code") in _FINAL_CODES
         if (status in _RETRIED or status >= 500) and not final:
-            return _Failure(message, _read_retry_after(error.response.headers))
+            return _Failure(message, read_retry_after(error.response.headers))
         advice = _ADVICE.get(status, "").format(key=self.key_env or "api_key_env")
         text = f"engine {self.name}: {self.url} refused with {message}"
         return ApiRefusedError(f"{text}; {advice}" if advice else text, status)
@@ -288,15 +286,3 @@ def _open(client: Any, path: str, body: Mapping[str, Any]) -> Awaitable[Any]:
         path, cast_to=object, body=streamed, stream=True, stream_cls=AsyncStream[object]
     )
     return opened
-
-
-def _read_retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a refusal asks to wait: a number (RFC 9110: of seconds), or a date."""
-    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        with contextlib.suppress(ValueError):
-            seconds = float(headers.get(name, "")) * unit
-            return seconds if 0 <= seconds < math.inf else None
-    try:
-        return max(parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time(), 0.0)
-    except (TypeError, ValueError):
-        return None

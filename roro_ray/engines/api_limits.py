@@ -6,9 +6,12 @@ running into refusals. It holds for one process: divide the provider's limit by 
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 from roro_ray.errors import ConfigError, did_you_mean
@@ -89,3 +92,15 @@ class TokenBucket:
     def give_back(self, amount: float) -> None:
         """Put back what was taken and not used (or, below 0, take what was used beyond it)."""
         self._level = min(self._level + amount, self._most)
+
+
+def read_retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that a refusal asks to wait: a number (RFC 9110: of seconds), or a date."""
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        with contextlib.suppress(ValueError):
+            seconds = float(headers.get(name, "")) * unit
+            return seconds if 0 <= seconds < math.inf else None
+    try:
+        return max(parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time(), 0.0)
+    except (TypeError, ValueError):
+        return None
