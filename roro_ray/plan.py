@@ -73,6 +73,7 @@ def _stage_lines(config: Config) -> list[str]:
         f"{config.collect.rollouts}), in {shards} shards of up to {config.collect.shard_queries} queries",
         f"make_pairs   at most {3 * queries * config.pairs.max_per_query} pairs of 3 kinds, {folds} folds of about "
         f"{queries // folds} queries, 1 held out; process quality from {config.pairs.process_source}",
+        *_warm_lines(config),
         _reward_line(config),
         f"train_router {count_episodes(config)} episodes a method: {router.iterations} iterations x {router.queries} "
         f"queries x {router.group_size} rollouts = {batch} trajectories an iteration, "
@@ -82,6 +83,19 @@ def _stage_lines(config: Config) -> list[str]:
         f"{config.evaluate.bootstrap} bootstrap resamples",
         f"calibrate    {count_calibrated(config)} episodes: {suites * config.calibrate.queries} held-out queries x "
         f"({len(config.calibrate.cost_weights)} cost weights + 2 models alone)",
+    ]
+
+
+def _warm_lines(config: Config) -> list[str]:
+    """Only where the reward is made of adapters: else the warm start is shipped."""
+    warm, lora = config.warm, config.lora
+    if config.reward.backend != "engine" or config.reward.rubric_source in ("random", "fixed"):
+        return []
+    writer = warm.writer or f"{warm.engine.name} ({warm.engine.path}, {warm.engine.engine})"
+    return [
+        f"warm_start   optional: at most {warm.max_pairs} pairs, {warm.pairs_per_query} a query, written about by {writer} "
+        f"in up to {warm.attempts} attempts each; then at most {lora.sft_updates} SFT updates of {warm.batch} examples "
+        "an adapter"
     ]
 
 
