@@ -19,7 +19,7 @@ from actors.waiting import wait_for
 from roro_ray.config import LoraConfig
 from roro_ray.errors import CheckpointError, ConfigError, EngineError, RoroError
 from roro_ray.learning.lm_run import Command, LmRun, Result
-from roro_ray.learning.lm_training import Ranks
+from roro_ray.learning.lm_wrappers import Ranks
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from test_lora import make_config, make_samples, make_texts, spread_out
 from torch import Tensor
 
 from roro_ray.learning.lm_run import CHECKPOINTS, LmRun, SftUpdate
-from roro_ray.learning.lm_training import LoraTrainer, Ranks
+from roro_ray.learning.lm_training import LoraTrainer
+from roro_ray.learning.lm_wrappers import Ranks
 from roro_ray.learning.lora import gather
 from roro_ray.learning.updates import UpdateSettings
 
@@ -28,8 +29,9 @@ def run_rank(rank: int, world: int, base: str, directory: str) -> None:
         for seed in range(2):
             run.apply(SftUpdate("judge", make_texts(seed=seed)))
         run.save()
+        losses = run_half(base, strategy, Ranks(rank, world))
         if rank == 0:
-            torch.save(outcome, Path(directory) / f"{strategy}.pt")
+            torch.save((outcome, losses), Path(directory) / f"{strategy}.pt")
             assert (Path(directory) / strategy / CHECKPOINTS).is_dir()
     dist.barrier()
     dist.destroy_process_group()
@@ -53,6 +55,12 @@ def run_updates(base: str, strategy: str, ranks: Ranks | None = None) -> Outcome
         metrics = update()
         outcome[kind] = metrics, get_whole_gradients(trainer, name)
     return outcome
+
+
+def run_half(base: str, strategy: str, ranks: Ranks | None = None) -> list[float]:
+    """Losses of a few updates with a base in bfloat16 below adapters in float32."""
+    trainer = LoraTrainer(make_config(base, dtype="bfloat16", strategy=strategy), ranks=ranks)
+    return [trainer.sft("judge", make_texts())["loss"] for _ in range(4)]
 
 
 def spread_shards(trainer: LoraTrainer, name: str) -> None:

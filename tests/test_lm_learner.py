@@ -14,7 +14,7 @@ import ray
 import torch
 import torch.multiprocessing as multiprocessing
 from fakes import ScriptedEngine
-from lm_ranks import run_rank, run_updates
+from lm_ranks import run_half, run_rank, run_updates
 from safetensors.torch import load_file
 from test_lora import SETTINGS, make_config, make_samples, make_texts
 from tiny_models import make_tiny_model
@@ -30,7 +30,7 @@ from roro_ray.learning.adapter_files import AdapterVersion, check_complete, read
 from roro_ray.learning.lm_run import LmRun, LocalLearner
 from roro_ray.learning.sft import SftBatch
 
-pytestmark = pytest.mark.timeout(150)
+pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +84,13 @@ def test_a_waiting_call_ends_with_the_news() -> None:
 
 @pytest.mark.slow
 def test_two_ranks_give_the_gradient_of_one(base: str, tmp_path: Path) -> None:
-    expected = run_updates(base, "single")
+    expected, expected_losses = run_updates(base, "single"), run_half(base, "single")
     # torch ends the other process where one fails.
     multiprocessing.spawn(run_rank, (2, base, str(tmp_path)), nprocs=2, join=True)
     for strategy in ("ddp", "fsdp2"):
-        for kind, (metrics, gradients) in torch.load(tmp_path / f"{strategy}.pt", weights_only=False).items():
+        outcome, losses = torch.load(tmp_path / f"{strategy}.pt", weights_only=False)
+        assert losses == pytest.approx(expected_losses, abs=0.02) and losses[-1] < losses[0] - 0.3
+        for kind, (metrics, gradients) in outcome.items():
             own_metrics, own = expected[kind]
             assert gradients.keys() == own.keys() and len(own) == 28
             for key in own:

@@ -10,7 +10,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from roro_ray.errors import CheckpointError
 from roro_ray.learning.checkpoints import MARKER, check_complete, write_directory
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -29,17 +28,6 @@ class AdapterVersion:
 def adapter_directory(root: Path, name: str, version: int) -> Path:
     """Where a version of an adapter lies below a directory of published ones."""
     return root / name / f"{_PREFIX}{version:06d}"
-
-
-def find_published(root: Path, name: str) -> AdapterVersion | None:
-    """The newest whole version of an adapter, or None."""
-    for path in sorted((root / name).glob(f"{_PREFIX}*"), reverse=True):
-        try:
-            check_complete(path)
-        except CheckpointError:  # half copied: an older one may do
-            continue
-        return AdapterVersion(name, int(path.name.removeprefix(_PREFIX)), str(path))
-    return None
 
 
 def read_adapter(adapter: AdapterVersion) -> dict[str, bytes]:

@@ -31,7 +31,8 @@ from roro_ray.learning.checkpoints import (
     read_state,
     write_directory,
 )
-from roro_ray.learning.lm_training import ADAPTERS, AdapterState, LoraTrainer, Ranks
+from roro_ray.learning.lm_training import ADAPTERS, AdapterState, LoraTrainer
+from roro_ray.learning.lm_wrappers import Ranks
 from roro_ray.learning.sequences import TokenBatch
 from roro_ray.learning.sft import SftBatch, scale_rate
 from roro_ray.learning.updates import UpdateSettings

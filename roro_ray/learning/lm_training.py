@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from roro_ray.config import LoraConfig
 from roro_ray.errors import CheckpointError, ConfigError, TrainingError, did_you_mean
 from roro_ray.learning.grpo import make_denominator
-from roro_ray.learning.lm_wrappers import postpone_sync, replicate, shard
+from roro_ray.learning.lm_wrappers import Ranks, postpone_sync, replicate, shard
 from roro_ray.learning.lora import LoraModel, State, fill, gather, load_base
 from roro_ray.learning.packing import (
     PackedScorer,
@@ -42,27 +41,6 @@ ADAPTERS = ("rubricor", "judge")
 _BETAS = (0.9, 0.95)
 _MOMENT = "/"  # between a parameter's name and the name of its moment
 Backward = Callable[[TokenBatch, Score], dict[str, float]]
-
-
-@dataclass(frozen=True, slots=True)
-class Ranks:
-    """This process among those that train together (torch.distributed must be up where there are several)."""
-
-    rank: int = 0
-    world: int = 1
-
-    def add(self, sums: dict[str, float]) -> dict[str, float]:
-        """Named sums over all ranks; a rank may lack a name."""
-        if self.world == 1:
-            return sums
-        shares: list[dict[str, float]] = [{} for _ in range(self.world)]
-        dist.all_gather_object(shares, sums)
-        return {name: sum(share.get(name, 0.0) for share in shares) for name in sorted({n for s in shares for n in s})}
-
-    def wait(self) -> None:
-        """Go on when every rank is here."""
-        if self.world > 1:
-            dist.barrier()
 
 
 @dataclass(frozen=True, slots=True)

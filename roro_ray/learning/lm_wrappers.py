@@ -1,7 +1,7 @@
 """How ranks share one model: a copy each (DistributedDataParallel) or a shard each (FSDP2).
 
 Both average gradients over the ranks. Neither sees the loss: they wrap the function from packed rows to
-log-probabilities.
+log-probabilities. `Ranks` is what the trainer itself needs to know of the others.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -20,6 +21,27 @@ from torch.nn.parallel import DistributedDataParallel
 
 from roro_ray.errors import ConfigError
 from roro_ray.learning.packing import PackedScorer
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among those that train together (torch.distributed must be up where there are several)."""
+
+    rank: int = 0
+    world: int = 1
+
+    def add(self, sums: dict[str, float]) -> dict[str, float]:
+        """Named sums over all ranks; a rank may lack a name."""
+        if self.world == 1:
+            return sums
+        shares: list[dict[str, float]] = [{} for _ in range(self.world)]
+        dist.all_gather_object(shares, sums)
+        return {name: sum(share.get(name, 0.0) for share in shares) for name in sorted({n for s in shares for n in s})}
+
+    def wait(self) -> None:
+        """Go on when every rank is here."""
+        if self.world > 1:
+            dist.barrier()
 
 
 def replicate(scorer: PackedScorer) -> nn.Module:
