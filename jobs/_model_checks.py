@@ -7,7 +7,6 @@ import sys
 
 from jobs._findings import Finding, find_version
 from roro_ray.config import Config, ModelConfig
-from roro_ray.engines.hub import is_hub_name, resolve_model_path
 from roro_ray.errors import RoroError
 from roro_ray.estimate.memory import plan_roles, stage_gpus
 
@@ -79,6 +78,8 @@ def check_accelerator(config: Config) -> list[Finding]:
 
 def check_models(config: Config) -> list[Finding]:
     """Every model that the settings name can be found, or fetched from the hub."""
+    from roro_ray.engines.hub import resolve_model_path  # brings torch, and `--help` needs neither
+
     findings = []
     for path, revision, name in _places(config):
         try:
@@ -109,6 +110,8 @@ def _places(config: Config) -> list[tuple[str, str, str]]:
 
 
 def _tell_absent(path: str, name: str, error: RoroError) -> Finding:
+    from roro_ray.engines.hub import is_hub_name
+
     if not is_hub_name(path):
         return Finding("fail", name, str(error), "name a directory that holds the model")
     offline = [flag for flag in _OFFLINE if os.environ.get(flag, "0") not in ("", "0")]

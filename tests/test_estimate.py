@@ -180,7 +180,10 @@ def test_the_cost_table_sets_flops_beside_prices(model: str, capsys: pytest.Capt
     assert small == ["a", "1", "G", "1", "G", "2", "G", "20", "9000", "-", "-", "-", "-"]
     assert large[-4:] == ["1", "-", "4", "2"]  # 4e-6 USD for 2e9 FLOP is 2 USD a PFLOP
     alone = next(line for line in table if line.startswith("b alone")).split()
-    assert alone[2:] == ["2.4", "T", "1.00", "0.00420", "1.00"]  # 1,200 tokens x 2 GFLOP; 200 x 1 + 1,000 x 4 micro-USD
+    assert alone[2:5] == ["2.4", "T", "1.00"]  # 1,200 tokens x 2 GFLOP
+    assert alone[6:] == ["1.00", "0.00420", "1.00"]  # 200 x 1 + 1,000 x 4 micro-USD
+    speed = measure_speed(plan_roles(config)[1], 512, 200 + 500, config.estimate, 0.0)
+    assert float(alone[5]) == pytest.approx(2 * (200 / speed.reads + 1000 / speed.writes), rel=0.01)  # on two GPUs
     assert costs.main(["--config", str(ROOT / "configs" / "api_pair.yaml")]) == 0
     assert "USD/PFLOP" in capsys.readouterr().out
     assert costs.main(["pool.modles=[]"]) == 2 and "did you mean" in capsys.readouterr().err

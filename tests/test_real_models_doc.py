@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from jobs import collect
+from roro_ray.estimate.costs import make_cost_table
 from roro_ray.settings import load_config, save_config
 from tests.documents import ROOT, find_blocks, find_commands
 
@@ -94,3 +95,12 @@ def test_the_table_of_hours_is_what_the_plans_say(
             told = next(row for row in rows if row[0] == f"`{stage}`" and len(row) == 5)[column]
             part = plan.partition(f"expected     {stage}:")[2].partition("expected ")[0]
             assert f"{told} GPU(s)" in part, (name, stage)
+
+
+def test_the_shares_of_gpu_seconds_are_those_of_the_table() -> None:
+    text = (ROOT / DOCUMENT).read_text("utf-8")
+    told = {"same_family": "{} of its GPU seconds in the 1.7B", "one_gpu": "{} in the 0.6B and 8B pair"}
+    for name, words in told.items():
+        table = make_cost_table(load_config([], ROOT / "configs" / f"{name}.yaml"))
+        row = next(line for line in table.splitlines() if line.startswith("40% dear steps")).split()
+        assert words.format(row[7]) in " ".join(text.split()), name

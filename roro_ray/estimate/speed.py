@@ -43,7 +43,7 @@ def measure_speed(role: Role, episodes: float, context: float, assumed: Estimate
     Args:
         episodes: under way at once; the engine writes for at most so many.
         context: tokens that a sequence holds on average.
-        train_factor: FLOPs per parameter and token of training.
+        train_factor: FLOPs per parameter and token of training; 0 for what is not trained.
     """
     assert role.shape is not None, "the speed of an unknown model cannot be worked out"
     shape, gpus = role.shape, max(role.gpus, 1.0) * role.processes
@@ -59,7 +59,7 @@ def measure_speed(role: Role, episodes: float, context: float, assumed: Estimate
     return Speed(
         reads=peak * assumed.read_utilisation / flops,
         writes=together / one_pass,
-        trains=peak * assumed.train_utilisation / (train_factor * shape.active),
+        trains=peak * assumed.train_utilisation / (train_factor * shape.active) if train_factor else 0.0,
         together=together,
     )
 
