@@ -141,9 +141,8 @@ def _count_episodes(stage: Stage) -> str:
 
 
 def _work_line(config: Config, name: str, work: Work, shape: Shape | None) -> str:
-    parts = [f"{show_count(work.read)} read", f"{show_count(work.written)} written"]
-    if work.trained:
-        parts.append(f"{show_count(work.trained)} trained")
+    counts = {"read": work.read, "written": work.written, "trained": work.trained}
+    parts = [f"{show_count(tokens).strip()} {what}" for what, tokens in counts.items() if tokens]
     flops = "" if shape is None else f" = {show_count(_count_flops(config, name, work, shape))}FLOP"
     return f"{name}: tokens {', '.join(parts)}{flops}"
 
