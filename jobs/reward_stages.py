@@ -28,7 +28,7 @@ def warm_stage(config: Config, run: RunDir) -> None:
     """Between stages 2 and 3: rubrics by a strong LLM, and SFT of both adapters on what is consistent."""
     from roro_ray.reward.engine_reward import save_engine_reward
     from roro_ray.reward.pair_records import count_records
-    from roro_ray.reward.warm_run import check_backend, learn_examples, make_examples
+    from roro_ray.reward.warm_run import check_backend, check_examples, learn_examples, make_examples
 
     check_backend(config)
     if run.is_done("warm_start"):
@@ -45,6 +45,7 @@ def warm_stage(config: Config, run: RunDir) -> None:
         write_json(run.path / WARM / "counts.json", counts)
         say("  " + ", ".join(f"{name} {counts[name]:g}" for name in _COUNTS))
         examples = make_examples(config, items, records)
+        check_examples(examples)
         bar = Progress("sft", 2 * config.lora.sft_updates, "updates")
 
         def on_update(metrics: dict[str, float | str]) -> None:

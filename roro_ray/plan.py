@@ -93,9 +93,9 @@ def _warm_lines(config: Config) -> list[str]:
         return []
     writer = warm.writer or f"{warm.engine.name} ({warm.engine.path}, {warm.engine.engine})"
     return [
-        f"warm_start   optional: at most {warm.max_pairs} pairs, {warm.pairs_per_query} a query, written about by {writer} "
-        f"in up to {warm.attempts} attempts each; then at most {lora.sft_updates} SFT updates of {warm.batch} examples "
-        "an adapter"
+        f"warm_start   optional: at most {warm.max_pairs} pairs, {warm.pairs_per_query} a query, written about by "
+        f"{writer} in up to {warm.attempts} attempts each; then at most {lora.sft_updates} SFT updates of {warm.batch} "
+        "examples an adapter"
     ]
 
 

@@ -95,6 +95,16 @@ def make_examples(config: Config, items: Sequence[StoredPairs], records: Sequenc
     return WarmExamples(kept, Codec(tokenizer, is_chat(form)), form, prompt, reward, config.lora.token_budget)
 
 
+def check_examples(examples: WarmExamples) -> None:
+    """Raise ConfigError where there is nothing to learn from."""
+    if not examples.kept:
+        raise ConfigError(
+            "warm_start: no rubric was kept, so there is nothing to learn from. See the counts above: unparsed rubrics "
+            "ask for a stronger writer (warm.writer, warm.engine), inconsistent ones for warm.attempts or a lower "
+            "warm.margin."
+        )
+
+
 def learn_examples(
     config: Config, examples: WarmExamples, learner: AdapterLearner, on_update: OnUpdate = lambda metrics: None
 ) -> list[AdapterVersion]:
@@ -104,12 +114,7 @@ def learn_examples(
         ConfigError: nothing was kept, or the adapters have learned more than a warm start already.
     """
     warm, published = config.warm, []
-    if not examples.kept:
-        raise ConfigError(
-            "warm_start: no rubric was kept, so there is nothing to learn from. See the counts above: unparsed rubrics "
-            "ask for a stronger writer (warm.writer, warm.engine), inconsistent ones for warm.attempts or a lower "
-            "warm.margin."
-        )
+    check_examples(examples)
     for name in (RUBRICOR, JUDGE):
         updates = count_sft_updates(examples.count(name), warm, config.lora.sft_updates)
         done = learner.versions[name]
