@@ -318,6 +318,14 @@ def test_a_seed_fixes_the_draw_whatever_else_is_in_the_batch(pairs: Pairs) -> No
     assert sum(a.token_ids != b.token_ids for a, b in zip(alone, other, strict=True)) > 15
 
 
+def test_seeded_steps_behind_more_text_than_one_pass_reads(pairs: Pairs) -> None:
+    engine = pairs.vllm("world:small")
+    texts = [f"Start with {index}. " + "A: double 3\n\n" * 50 for index in range(40)]
+    results = generate(engine, [StepRequest(text, 5, 1.0, seed) for seed, text in enumerate(texts)])
+    assert sum(result.prefix_tokens for result in results) > 2 * 4096
+    assert all(result.token_ids for result in results) and not engine.is_dead
+
+
 def test_sampling_follows_the_distribution_and_log_probs_are_told_at_temperature_1(pairs: Pairs) -> None:
     engine, prefix, count = pairs.vllm("world:small"), "Start with ", 1500
     loaded = load_model("world:small", "cpu", "float32")

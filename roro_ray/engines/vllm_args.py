@@ -14,7 +14,8 @@ from roro_ray.errors import ConfigError, did_you_mean
 ALL_LOG_PROBS = 2048  # up to this many tokens, all log-probabilities of a first token are asked for
 SOME_LOG_PROBS = 20
 _BLOCK = 32  # tokens: the smallest that vLLM's CPU attention takes, and the grain of its prefix cache
-_LEAST_CACHE = 1 << 26
+_LEAST_CACHE = 1 << 26  # bytes
+_LEAST_BATCH = 4096  # tokens
 _OWN = {"model": "path", "tokenizer": "path", "max_model_len": "max_context", "tensor_parallel_size": "tensor_parallel"}
 _OWN |= {"gpu_memory_utilization": "memory_fraction", "dtype": "dtype", "revision": "revision"}
 
@@ -74,6 +75,9 @@ def _for_cpu(model: ModelConfig, pool: PoolConfig, shape: ModelShape, max_contex
         "block_size": _BLOCK,
         "kv_cache_memory_bytes": max(pool.cache_mb << 20, _LEAST_CACHE, one_text),
         "async_scheduling": False,
+        # A prompt in several pieces would take back a seeded draw, which generators of CPUs cannot: vLLM fails then.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(max_context or 0, _LEAST_BATCH),
     }
 
 
