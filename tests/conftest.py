@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import setuptools  # noqa: F401  # vLLM imports it late, and it refuses once the standard library's distutils is there
 
 
 @pytest.fixture(scope="session")
