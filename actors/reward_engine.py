@@ -38,7 +38,8 @@ def open_model(config: Config, model: ModelConfig, make: MakeEngine = make_model
     actor = ray.remote(EngineActor).options(**options).remote(partial(make, model, pool))
     try:
         wait_for(actor.ready.remote(), f"model {model.name}: ready", config.ray.timeout_s, actor)
-        yield RemoteEngine(model.name, actor, config.reward.timeout_s)
+        # A call holds all requests of the moment: as long as the longest deadline of what they belong to.
+        yield RemoteEngine(model.name, actor, max(config.reward.timeout_s, config.episode.timeout_s))
     finally:
         ray.kill(actor)
 

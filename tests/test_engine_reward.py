@@ -10,11 +10,16 @@ from pathlib import Path
 import pytest
 from reward_engines import CHAT, THINKING, RewardEngine, make_rubric_json
 from simulated import make_trajectory
+from tiny_models import make_tiny_model
 
 from roro_ray.config import Config, LoraConfig, ModelConfig, RewardConfig
 from roro_ray.engines.formats import PLAIN
+from roro_ray.engines.hf import HfEngine
+from roro_ray.engines.loading import load_tokenizer
 from roro_ray.errors import CheckpointError, ConfigError, EngineError
 from roro_ray.learning.adapter_files import AdapterVersion
+from roro_ray.learning.lm_run import LocalLearner
+from roro_ray.learning.sft import make_sft_batch
 from roro_ray.reward.engine_judge import EngineJudge, make_judge_prompt
 from roro_ray.reward.engine_reward import (
     EngineReward,
@@ -346,3 +351,30 @@ def test_the_judge_reads_no_more_than_can_be_learned_from() -> None:
     resolved = resolve_reward(config)
     assert (resolved.engine.path, resolved.judge_tokens) == ("b", 5000)
     assert resolve_reward(Config(lora=config.lora, reward=RewardConfig(judge_tokens=3000))).judge_tokens == 3000
+
+
+def test_real_adapters_on_a_chat_base_change_verdicts_and_break_nothing(tmp_path: Path) -> None:
+    base = str(make_tiny_model(tmp_path / "base", thinking=True))
+    model = ModelConfig("reward", base, format="chat", thinking="auto", adapters=2)
+    config = RewardConfig(backend="engine", engine=model, rubric_tokens=24)
+    reward = open_engine_reward(config, engine=HfEngine("reward", base, model_format="chat", adapters=2))
+    learner = LocalLearner(LoraConfig(base=base, dtype="float32", rank=4, sft_lr=0.05), tmp_path / "adapters")
+    assert reward.rubricor.form.thinks
+    assert reward.write_rubrics([QUERY])[0].criteria == (), "a random model writes no rubric"
+    before = reward.score([QUERY], [[trajectory(3), trajectory(500)]], [RUBRIC])[0]
+    assert before[0].error is None and -1 <= before[0].score <= 1
+    reward.take_over(learner.publish("judge"))
+    fresh = reward.score([QUERY], [[trajectory(3)]], [RUBRIC])[0][0]
+    assert fresh.yes == pytest.approx(before[0].yes, abs=1e-5), "an adapter begins as its base"
+    tokenizer = load_tokenizer(base)
+    prompt, judge = reward.judge.prompt, reward.judge
+    head = prompt.make_head(QUERY, trajectory(3))
+    ids = tokenizer.encode(prompt.join(head, prompt.make_question(RUBRIC.criteria[0])), add_special_tokens=False)
+    word = tokenizer.encode("yes", add_special_tokens=False)
+    batch = make_sft_batch([[*ids, *word]], [[False] * len(ids) + [True] * len(word)])
+    learner.sft("judge", [batch] * 8, 8)
+    reward.take_over(learner.publish("judge"))
+    after = reward.score([QUERY], [[trajectory(3)]], [RUBRIC])[0][0]
+    assert after.yes[0] > fresh.yes[0] + 0.05 and after.version == judge.version == 8
+    assert before[1].error is None, "500 steps are shortened to fit 4096 positions"
+    reward.close()

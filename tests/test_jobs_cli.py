@@ -26,7 +26,10 @@ from roro_ray.settings import load_config
 
 pytestmark = pytest.mark.timeout(60)
 ROOT = Path(__file__).parents[1]
-VERBS = ("collect", "make_pairs", "learn_reward", "train_router", "evaluate", "calibrate", "demo", "compare", "doctor")
+VERBS = (
+    *("collect", "make_pairs", "warm_start", "learn_reward", "train_router", "evaluate"),
+    *("calibrate", "demo", "compare", "doctor"),
+)
 
 
 @pytest.fixture(autouse=True)
