@@ -44,7 +44,7 @@ def make_application(served: Served) -> Application:
         request_router_config=AFFINITY,
         user_config={"routers": [served.router]},
         **_options(served.config.routers),
-    )(RouterReplica).bind(served.router, served.pool)
+    )(RouterReplica).bind(served.router, served.pool, served.router_device, served.router_cache_mb)
     ingress = serve.deployment(name="ingress", **_options(served.config.ingress))(serve.ingress()(IngressReplica))
     return ingress.bind(served, models, router)
 

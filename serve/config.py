@@ -15,7 +15,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from roro_ray.config import EpisodeConfig, PoolConfig
+from roro_ray.config import EpisodeConfig, PoolConfig, RouterConfig
 from roro_ray.data.run_dir import RunDir, saved_config
 from roro_ray.errors import ConfigError, did_you_mean
 
@@ -112,6 +112,12 @@ class Served:
     episode: EpisodeConfig
     router: str
     examples: tuple[str, ...]
+    router_cache_mb: int = RouterConfig.cache_mb  # MiB of states that the router keeps of the texts it has read
+
+    @property
+    def router_device(self) -> str:
+        """Where the router's replicas compute: on a GPU where they are given one."""
+        return "cuda" if self.config.routers.gpus else "cpu"
 
     def replicas(self, model: str) -> ReplicaConfig:
         """The replicas of one model."""
@@ -165,7 +171,8 @@ def read_served(config: ServerConfig) -> Served:
         names = [model.name for model in pool.models]
         hint = did_you_mean(unknown[0], names)
         raise ConfigError(f"per_model.{unknown[0]}: no such model in the pool ({', '.join(names)}){hint}")
-    return Served(config, pool, episode, str(router.resolve()), tuple(_find_examples(pool)))
+    cache_mb = saved.router.cache_mb if saved is not None else RouterConfig.cache_mb
+    return Served(config, pool, episode, str(router.resolve()), tuple(_find_examples(pool)), cache_mb)
 
 
 def find_newest_run(root: str | Path = "runs") -> str:

@@ -21,7 +21,7 @@ from roro_ray.errors import ConfigError, RoroError
 from roro_ray.evaluation.calibration import check_calibration, load_calibration
 from roro_ray.routing.opinion import Opinion, RouterReading
 from roro_ray.routing.router import load_router
-from roro_ray.routing.router_policy import RouterPolicy
+from roro_ray.routing.router_policy import CACHE_MB, RouterPolicy
 from serve.access_log import AccessLog
 from serve.api import ApiOptions, make_api
 from serve.auth import ApiKey, load_keys, parse_keys
@@ -117,8 +117,9 @@ class RouterReplica:
         pool: the models to choose from; a router for another number of models is refused.
     """
 
-    def __init__(self, directory: str, pool: PoolConfig) -> None:
+    def __init__(self, directory: str, pool: PoolConfig, device: str = "cpu", cache_mb: int = CACHE_MB) -> None:
         self._pool = pool
+        self._device, self._cache_mb = device, cache_mb
         self._loaded = LoadedRouters()
         self._first = directory
 
@@ -173,8 +174,8 @@ class RouterReplica:
         return found
 
     def _read(self, directory: Path) -> tuple[RouterPolicy, RouterFacts]:
-        network = load_router(directory, len(self._pool.models))
-        policy = RouterPolicy(network)
+        network = load_router(directory, len(self._pool.models)).to(self._device)
+        policy = RouterPolicy(network, cache_mb=self._cache_mb)
         calibration, problem = None, None
         try:
             calibration = load_calibration(directory)
