@@ -10,12 +10,8 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from pathlib import Path
 
 from roro_ray.config import ModelConfig, PoolConfig
-from roro_ray.engines.loading import tokenizer_digest
-from roro_ray.engines.pool import make_prices
 from roro_ray.engines.protocol import ChoiceScores, EngineFacts, StepDelta, StepRequest, StepResult
 from roro_ray.engines.rows import Row
 from roro_ray.engines.sampling import make_stream_key
@@ -23,25 +19,14 @@ from roro_ray.engines.streaming import StepStream
 from roro_ray.engines.vllm_adapters import AdapterTable
 from roro_ray.engines.vllm_args import count_top
 from roro_ray.engines.vllm_backend import Adapter, Generation, Sampling
-from roro_ray.engines.vllm_loading import load_vllm
+from roro_ray.engines.vllm_loading import load_vllm, make_facts
 from roro_ray.engines.vllm_prompts import PromptReader, StepPrompt, check_request
 from roro_ray.engines.vllm_scoring import PeekMemo, score_kept, score_tokens
-from roro_ray.engines.vllm_steps import Answer, KeptScores, StepJob
+from roro_ray.engines.vllm_steps import Answer, KeptScores, StepJob, VllmStats
 from roro_ray.errors import EngineError
 
 _SEEDS = (1 << 63) - 1
 _PER_KEPT = 0x9E3779B97F4A7C15  # so that a continued peek does not draw the numbers of its beginning again
-
-
-@dataclass(slots=True)
-class VllmStats:
-    """What an engine was asked and what it computed; `merged` requests shared another one's computation."""
-
-    requests: int = 0
-    merged: int = 0
-    tokens_prefilled: int = 0
-    tokens_reused: int = 0
-    tokens_decoded: int = 0
 
 
 class VllmEngine:
@@ -179,20 +164,7 @@ class VllmEngine:
             self._reader = PromptReader(self.name, loaded.tokenizer, loaded.text, loaded.max_context)
             self._top = count_top(loaded.shape.vocabulary)
             self._adapters = AdapterTable(self.name, loaded.backend.remove_adapter)
-            path = self._model.path
-            self._facts = EngineFacts(
-                name=self.name,
-                model=str(Path(path)) if ":" not in path else path,
-                device=self._model.device,
-                parameters=loaded.shape.parameters,
-                flops_per_token=2.0 * loaded.shape.active_parameters,
-                seconds=time.perf_counter() - started,
-                fingerprint=loaded.fingerprint,
-                tokenizer=tokenizer_digest(loaded.tokenizer),
-                format=loaded.format,
-                prices=make_prices(self._model),
-                max_context=loaded.max_context,
-            )
+            self._facts = make_facts(self._model, loaded, time.perf_counter() - started)
             return self._facts
 
     def _load_adapter(self, name: str, path: str, version: int) -> None:

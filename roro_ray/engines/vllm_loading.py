@@ -14,8 +14,10 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from roro_ray.config import ModelConfig, PoolConfig
 from roro_ray.engines.formats import PromptFormat, make_format
 from roro_ray.engines.hub import resolve_model_path
-from roro_ray.engines.loading import load_tokenizer, make_fingerprint
+from roro_ray.engines.loading import load_tokenizer, make_fingerprint, tokenizer_digest
 from roro_ray.engines.model_facts import ModelShape, read_model_facts
+from roro_ray.engines.pool import make_prices
+from roro_ray.engines.protocol import EngineFacts
 from roro_ray.engines.text import StepText
 from roro_ray.engines.vllm_args import make_engine_args
 from roro_ray.engines.vllm_backend import Backend
@@ -109,6 +111,23 @@ def load_vllm(model: ModelConfig, pool: PoolConfig) -> LoadedVllm:
         fingerprint=make_fingerprint(directory),
         narrow=directory if scratch is not None else None,
         scratch=scratch,
+    )
+
+
+def make_facts(model: ModelConfig, loaded: LoadedVllm, seconds: float) -> EngineFacts:
+    """What the engine of a loaded model says of itself."""
+    return EngineFacts(
+        name=model.name,
+        model=model.path if ":" in model.path else str(Path(model.path)),
+        device=model.device,
+        parameters=loaded.shape.parameters,
+        flops_per_token=2.0 * loaded.shape.active_parameters,
+        seconds=seconds,
+        fingerprint=loaded.fingerprint,
+        tokenizer=tokenizer_digest(loaded.tokenizer),
+        format=loaded.format,
+        prices=make_prices(model),
+        max_context=loaded.max_context,
     )
 
 

@@ -32,6 +32,17 @@ class KeptScores:
     first_entropy: float = math.nan
 
 
+@dataclass(slots=True)
+class VllmStats:
+    """What an engine was asked and what it computed; `merged` requests shared another one's computation."""
+
+    requests: int = 0
+    merged: int = 0
+    tokens_prefilled: int = 0
+    tokens_reused: int = 0
+    tokens_decoded: int = 0
+
+
 @dataclass(eq=False, slots=True)
 class StepJob:
     """A step being written, and everyone who waits for it; a `Receiver`.
