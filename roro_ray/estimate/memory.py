@@ -214,7 +214,7 @@ def _lora_parts(shape: Shape, lora: LoraConfig) -> dict[str, float]:
         "base": shape.weight_bytes(lora.dtype) / shards,
         "two adapters and their optimiser": 2.0 * _TRAINED_BYTES * count_adapter(shape, lora.rank),
         "activations": lora.token_budget * kept_per_token(shape, width, lora.gradient_checkpointing),
-        "logits": 2.0 * 4 * lora.logits_chunk * shape.vocabulary,
+        "logits": 6.0 * 4 * lora.logits_chunk * shape.vocabulary,
     }
 
 
