@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle
 from roro_ray.config import ModelConfig, PoolConfig
 from roro_ray.engines.pool import make_engine
 from roro_ray.engines.protocol import ChoiceScores, EngineFacts, StepDelta, StepRequest, StepResult, stream_step
-from roro_ray.errors import ConfigError, RoroError
+from roro_ray.errors import ConfigError, EngineError, RoroError
 from roro_ray.evaluation.calibration import check_calibration, load_calibration
 from roro_ray.routing.opinion import Opinion, RouterReading
 from roro_ray.routing.router import load_router
@@ -52,9 +52,11 @@ class ModelReplica:
         """Serve sends requests to a replica once this has returned for the first time: then the model is loaded.
 
         Raises:
-            EngineError: the model cannot be loaded; Serve starts the replica anew.
+            EngineError: the model cannot be loaded, or its engine died behind it; Serve starts the replica anew.
         """
         await self.facts()
+        if getattr(self._engine, "is_dead", False):
+            raise EngineError(f"the engine of model {self._engine.name!r} died: a new replica takes its place")
 
     async def facts(self) -> EngineFacts:
         """Load the model and tell its facts."""
