@@ -22,6 +22,7 @@ from roro_ray.engines.protocol import StepResult
 from roro_ray.errors import CheckpointError, ConfigError
 from roro_ray.learning.grpo import EmptyBatchWarning
 from roro_ray.learning.lm_run import LocalLearner
+from roro_ray.learning.updates import UpdateSettings
 from roro_ray.reward.alternate import AlternationResult
 from roro_ray.reward.credit import FORMAT_FINE, UNFAITHFUL_FINE
 from roro_ray.reward.engine_alternate import Parts, alternate_engine, measure_stored
@@ -33,7 +34,7 @@ from roro_ray.reward.engine_rubricor import RubricSample
 from roro_ray.reward.generic import make_rubric_of
 from roro_ray.reward.pair_store import StoredPairs
 from roro_ray.reward.preference import QueryPairs
-from roro_ray.reward.rubric import ReadRubric, make_criterion, read_rubric
+from roro_ray.reward.rubric import ReadRubric, make_criterion, make_step_criterion, read_rubric
 from roro_ray.types import PairKind, Query
 
 pytestmark = pytest.mark.timeout(120)
@@ -286,4 +287,34 @@ def test_a_base_whose_verdicts_are_several_tokens_is_refused() -> None:
     reward = open_engine_reward(REWARD, engine=RewardEngine(form=CHAT))
     with pytest.raises(ConfigError, match="in 3 tokens"):
         make_codec(Spelling(), reward)
+    reward.close()
+
+
+def test_the_judge_learns_to_order_a_pair(tmp_path: Path) -> None:
+    """Proof of learning on a base that judges well: it unlearns who wrote a step where preferences say the reverse."""
+    reward = open_engine_reward(REWARD, engine=HfEngine("reward", "world:judge", adapters=2))
+    learner = LocalLearner(replace(LORA, base="world:judge", judge_lr=5e-3), tmp_path / "adapters")
+    coder = make_codec(load_tokenizer("world:judge"), reward)
+    query = Query("q", "chain", "train", "Start with 36. A: double; B: times 04; C: subtract 38.", "50")
+    texts = ("A: dbl 36 = 72", "B: 72 * 04 = 88", "C: 88 - 38 = 50", "Answer: 50")
+    sides = [make_trajectory(query, models, texts) for models in ((0, 0, 0, 0), (1, 1, 1, 1))]
+    rubric = make_rubric_of(query, [make_step_criterion("B", "times 04", "large", 2.0)])
+
+    def ask() -> list[Asked]:
+        judge, asked = reward.judge, []
+        for trajectory in sides:
+            reading = reward.loop.run(judge.read(query, trajectory, rubric.criteria))[0]
+            head = judge.prompt.make_head(query, trajectory)
+            asked.append(Asked(judge.prompt.join(head, judge.prompt.make_question(rubric.criteria[0])), reading))
+        return asked
+
+    rng, gaps = random.Random(0), []
+    config = replace(REWARD, verdicts_per_pair=64)
+    for _ in range(25):
+        asked = ask()
+        gaps.append(asked[0].reading.yes - asked[1].reading.yes)
+        batch, _ = make_verdict_batch(coder, [(rubric, asked)], config, rng)
+        learner.grpo("judge", batch, UpdateSettings(max_length=1))
+        reward.take_over(learner.publish("judge"))
+    assert gaps[-1] > gaps[0] + 0.3
     reward.close()
