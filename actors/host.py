@@ -11,7 +11,7 @@ from actors.rollout import RolloutPool
 from actors.waiting import wait_for
 from roro_ray.evaluation.oracle import OracleResult
 from roro_ray.routing.episode import EpisodeFailure, EpisodeSpec
-from roro_ray.routing.router import load_router
+from roro_ray.routing.router_files import load_router
 from roro_ray.types import Query, Trajectory
 
 _CHANNELS = itertools.count()

@@ -22,7 +22,8 @@ import torch
 from roro_ray.config import Config, PoolConfig, RouterConfig
 from roro_ray.data.run_dir import open_run
 from roro_ray.engines.pool import EnginePool, make_pool
-from roro_ray.routing.router import make_router, save_router
+from roro_ray.routing.router import make_router
+from roro_ray.routing.router_files import save_router
 from serve.config import Served
 from serve.metrics import NoMetrics
 

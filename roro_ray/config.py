@@ -292,7 +292,7 @@ class EstimateConfig:
     step_tokens: int = 120  # of a mean step
     prompt_tokens: int = 250  # of a mean query in its prompt
     answer_tokens: int = 400  # of a mean final answer behind a thinking block
-    rubric_tokens: int = 300  # of a mean rubric, or of the text that one criterion adds to what the Judge reads, times 5
+    rubric_tokens: int = 300  # of a mean rubric; a criterion adds a fifth of it to what the Judge reads
     large_share: float = 0.4  # of the steps that a router or a threshold sends to dearer models
     process_share: float = 0.3  # of the collected trajectories whose process quality must be measured
     gpu_tflops: float = 989.0  # peak of one GPU, 10^12 FLOP/s, bf16 without sparsity (H100 SXM, NVIDIA's data sheet)

@@ -87,11 +87,11 @@ class Step:
     """One step of a solution: who wrote it, what, how sure, at what cost and by which decision.
 
     `model` is -1 where nobody of the pool wrote it (a client gave it). `text` has no trailing delimiter. `confidence`
-    is the mean probability of the step's tokens under the model that wrote it, `confidence_min` the smallest. `finish` is
-    `delimiter`, `stop` (end of sequence), `marker` (the end of the thinking block) or `length` (token limit).
-    `discarded` counts the tokens of a draft that was thrown away before this step.
-    `features` are the scalar signals that the router saw when it decided (see `routing.observation`). `degraded`:
-    the model that should have written, or the router, was gone, so that another model wrote.
+    is the mean probability of the step's tokens under the model that wrote it, `confidence_min` the smallest.
+    `finish` is `delimiter`, `stop` (end of sequence), `marker` (the end of the thinking block) or `length` (token
+    limit). `discarded` counts the tokens of a draft that was thrown away before this step. `features` are the
+    scalar signals that the router saw when it decided (see `routing.observation`). `degraded`: the model that
+    should have written, or the router, was gone, so that another model wrote.
     """
 
     model: int
@@ -113,8 +113,9 @@ class Trajectory:
 
     `correct` is None where the answer could not be scored (an error value, never False), and `error` says why.
     `conclusion` is the final answer behind the thinking block of models that have one: written by one fixed model,
-    whatever the policy, and so no routed step. `end` says why the episode stopped: `answer`, `stop` (a model ended its text without an answer), `step_limit`, `token_limit`,
-    `repeated`, `empty`, `stop_string` (the client asked for no more).
+    whatever the policy, and so no routed step. `end` says why the episode stopped: `answer`, `stop` (a model ended
+    its text without an answer), `step_limit`, `token_limit`, `repeated`, `empty`, `stop_string` (the client asked
+    for no more).
     """
 
     id: str

@@ -20,7 +20,7 @@ from roro_ray.engines.protocol import ChoiceScores, EngineFacts, StepDelta, Step
 from roro_ray.errors import ConfigError, EngineError, RoroError
 from roro_ray.evaluation.calibration import check_calibration, load_calibration
 from roro_ray.routing.opinion import Opinion, RouterReading
-from roro_ray.routing.router import load_router
+from roro_ray.routing.router_files import load_router
 from roro_ray.routing.router_policy import CACHE_MB, RouterPolicy
 from serve.access_log import AccessLog
 from serve.api import ApiOptions, make_api

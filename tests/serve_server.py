@@ -42,7 +42,8 @@ def make_router_files(directory: Path, version: int, lean: float = 0.0) -> Path:
     import torch
 
     from roro_ray.config import RouterConfig
-    from roro_ray.routing.router import make_router, save_router
+    from roro_ray.routing.router import make_router
+    from roro_ray.routing.router_files import save_router
 
     torch.manual_seed(0)
     router = make_router(RouterConfig(), len(MODELS))

@@ -17,7 +17,8 @@ from roro_ray.evaluation.calibration import Interval, check_calibration, save_ca
 from roro_ray.evaluation.local_host import LocalHost
 from roro_ray.evaluation.methods import Outcome
 from roro_ray.routing.episode import EpisodeFailure, EpisodeSpec
-from roro_ray.routing.router import make_router, save_router
+from roro_ray.routing.router import make_router
+from roro_ray.routing.router_files import save_router
 from roro_ray.settings import load_config
 from roro_ray.types import Decision, Step, Trajectory, Usage
 from roro_ray.world.tasks import make_queries

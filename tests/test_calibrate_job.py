@@ -15,7 +15,8 @@ from roro_ray.config import RouterConfig
 from roro_ray.evaluation.calibrate import calibrate
 from roro_ray.evaluation.calibration import check_calibration, load_calibration
 from roro_ray.evaluation.local_host import LocalHost
-from roro_ray.routing.router import make_router, save_router
+from roro_ray.routing.router import make_router
+from roro_ray.routing.router_files import save_router
 from roro_ray.settings import load_config
 from tests.processes import TINY, run_job, short_temp_dir, start_job
 

@@ -23,7 +23,8 @@ from roro_ray.evaluation.calibration import (
     load_calibration,
     save_calibration,
 )
-from roro_ray.routing.router import make_router, save_router
+from roro_ray.routing.router import make_router
+from roro_ray.routing.router_files import save_router
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -21,7 +21,8 @@ from roro_ray.evaluation.oracle import OracleResult
 from roro_ray.evaluation.query_level import fit_logistic, train_predictor
 from roro_ray.evaluation.summary import load_summary, make_summary, save_summary
 from roro_ray.evaluation.sweeps import Anchors, QuerySets, oracle_sweep, query_level_sweep, single_sweep
-from roro_ray.routing.router import make_router, save_router
+from roro_ray.routing.router import make_router
+from roro_ray.routing.router_files import save_router
 from roro_ray.types import Decision, Query, Step, Trajectory, Usage
 from tests.fakes import ScriptedEngine, make_fake_pool
 from tests.test_metrics import make_row

@@ -26,7 +26,8 @@ from roro_ray.learning.router_rewards import collect_rollouts, score_rollouts, w
 from roro_ray.learning.router_run import RouterRun, list_snapshots, make_train_queries, read_metrics
 from roro_ray.learning.router_training import RouterTrainer, Share
 from roro_ray.routing.episode import EpisodeFailure, EpisodeSpec
-from roro_ray.routing.router import load_router, make_router
+from roro_ray.routing.router import make_router
+from roro_ray.routing.router_files import load_router
 from roro_ray.types import Verdict
 from tests.scripted_world import make_scripted_config, make_scripted_queries, make_scripted_runner
 

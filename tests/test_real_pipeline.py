@@ -36,7 +36,8 @@ from roro_ray.evaluation.report import save_report
 from roro_ray.evaluation.summary import make_summary, save_summary
 from roro_ray.evaluation.sweeps import QuerySets
 from roro_ray.reward.pairing import pair_shards
-from roro_ray.routing.router import make_router, save_router
+from roro_ray.routing.router import make_router
+from roro_ray.routing.router_files import save_router
 from tests.tiny_models import make_tiny_model
 
 pytestmark = pytest.mark.timeout(120)

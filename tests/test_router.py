@@ -14,8 +14,9 @@ from roro_ray.config import EpisodeConfig, RouterConfig
 from roro_ray.errors import CheckpointError, ConfigError, DataError
 from roro_ray.routing.episode import EpisodeFailure, EpisodeSpec
 from roro_ray.routing.observation import FEATURE_NAMES, Observation, make_features
-from roro_ray.routing.router import PieceTokenizer, RouterNetwork, load_router, make_router, save_router
+from roro_ray.routing.router import PieceTokenizer, RouterNetwork, make_router
 from roro_ray.routing.router_batch import encode_trajectories, score_decisions
+from roro_ray.routing.router_files import load_router, save_router
 from roro_ray.routing.router_policy import RouterPolicy
 from roro_ray.routing.runner import Runner
 from roro_ray.types import Peek, Trajectory

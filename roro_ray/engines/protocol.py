@@ -59,8 +59,8 @@ class StepResult:
     length of the prefix in this engine's tokens, of which `cached_tokens` were not computed anew; `first_entropy` the
     entropy in nats of the first token's distribution (NaN where the engine does not tell).
 
-    An engine that takes ids (`PrefixIds`) gives in `encoded_ids` those of the part of the prefix that it encoded itself,
-    and says with `exact` that `token_ids` spell `text` and the delimiter (or marker) and nothing else.
+    An engine that takes ids (`PrefixIds`) gives in `encoded_ids` those of the part of the prefix that it encoded
+    itself, and says with `exact` that `token_ids` spell `text` and the delimiter (or marker) and nothing else.
     """
 
     text: str

@@ -27,7 +27,7 @@ from roro_ray.evaluation.bootstrap import Floats, interval, make_resamples, poin
 from roro_ray.evaluation.calibration import Calibration, Interval, OperatingPoint, digest_router, load_calibration
 from roro_ray.evaluation.methods import Host, Setting, fixed_setting, score_settings
 from roro_ray.evaluation.metrics import Scores, measure_difference, measure_setting
-from roro_ray.routing.router import load_version
+from roro_ray.routing.router_files import load_version
 from roro_ray.types import Query
 
 _PARTIAL = "calibration.partial.json"

@@ -22,7 +22,7 @@ from roro_ray.data.run_dir import write_json
 from roro_ray.errors import CalibrationError
 
 _FILE = "calibration.json"
-_WEIGHTS_FILE = "router.safetensors"  # as `routing.router`, which needs torch, names it
+_WEIGHTS_FILE = "router.safetensors"  # as `routing.router_files`, which needs torch, names it
 _SCHEMA_VERSION = 1
 _FIGURES = ("large_share", "accuracy", "accuracy_gap", "flops_ratio")
 _ROUNDING = 1e-9

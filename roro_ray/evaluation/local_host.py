@@ -14,7 +14,7 @@ from roro_ray.engines.pool import EnginePool, make_pool
 from roro_ray.evaluation.methods import Outcome
 from roro_ray.evaluation.oracle import OracleResult, run_oracle
 from roro_ray.routing.episode import EpisodeSpec
-from roro_ray.routing.router import load_router
+from roro_ray.routing.router_files import load_router
 from roro_ray.routing.router_policy import RouterPolicy
 from roro_ray.routing.runner import Runner
 from roro_ray.types import Query

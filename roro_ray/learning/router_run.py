@@ -32,7 +32,8 @@ from roro_ray.learning.checkpoints import (
 from roro_ray.learning.router_rewards import Score
 from roro_ray.learning.router_training import Publish, RouterTrainer, Run, Share
 from roro_ray.routing.draws import mix_seed
-from roro_ray.routing.router import make_router, save_router
+from roro_ray.routing.router import make_router
+from roro_ray.routing.router_files import save_router
 from roro_ray.types import Query
 
 FINISHED = "FINISHED.json"

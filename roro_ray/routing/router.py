@@ -14,27 +14,19 @@ Axes: B trajectories, T text tokens, D decisions, F features, C encoder width, N
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from roro_ray.config import RouterConfig
-from roro_ray.data.files import write_whole
 from roro_ray.errors import CheckpointError, ConfigError, EngineError, did_you_mean
 from roro_ray.routing.observation import FEATURE_NAMES
 from roro_ray.types import Peek
 
-_FACTS_FILE = "router.json"
-_WEIGHTS_FILE = "router.safetensors"
-_ENCODER_DIR = "encoder"
 _PIECES_KEPT = 200_000
 _ROWS_PER_PASS = 32
 
@@ -197,12 +189,17 @@ def make_router(config: RouterConfig, pool_size: int) -> RouterNetwork:
         hint = did_you_mean(config.peek, peeks)
         raise ConfigError(f"router.peek is {config.peek!r}: expected one of {', '.join(peeks)}{hint}")
     base = EncoderBase(config.encoder, config.encoder_revision, config.encoder_dtype, config.encoder_rank)
-    body, tokenizer = _load_encoder(base) if config.encoder else (None, None)
+    body, tokenizer = load_encoder(base) if config.encoder else (None, None)
     kept = base if config.encoder and config.encoder_rank else None
     return RouterNetwork(body, tokenizer, pool_size, config.hidden, config.prior, Peek(config.peek), kept)
 
 
-def _load_encoder(base: EncoderBase) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_encoder(base: EncoderBase) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """An encoder without its output layer (an adapter on frozen weights where `base` has a rank), and its tokenizer.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
     from roro_ray.engines.loading import load_model
 
     try:
@@ -229,85 +226,6 @@ def _load_encoder(base: EncoderBase) -> tuple[PreTrainedModel, PreTrainedTokeniz
 
 
 
-def save_router(router: RouterNetwork, directory: Path | str, version: int = 0) -> Path:
-    """Save a router as safetensors and JSON, with its encoder's shape and tokenizer; the JSON comes last.
-
-    Each file is written beside and renamed, so that an interrupted save leaves the one before readable.
-    """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    if router.body is not None and router.tokenizer is not None and router.base is None:
-        router.body.config.save_pretrained(directory / _ENCODER_DIR)
-        router.tokenizer.save_pretrained(directory / _ENCODER_DIR)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in router.learned_state().items()}
-    with write_whole(directory / _WEIGHTS_FILE) as temporary:
-        save_file(tensors, temporary)
-    facts = {
-        "pool_size": router.pool_size,
-        "hidden": router.hidden,
-        "prior": router.prior,
-        "peek": router.peek.value,
-        "encoder": router.body is not None,
-        "base": asdict(router.base) if router.base is not None else None,
-        "features": list(FEATURE_NAMES),
-        "version": version,
-    }
-    with write_whole(directory / _FACTS_FILE) as temporary:
-        temporary.write_text(json.dumps(facts, indent=1) + "\n")
-    return directory
-
-
-def load_router(directory: Path | str, pool_size: int | None = None) -> RouterNetwork:
-    """Load a saved router, in eval mode; its `version` is the one that it was saved with.
-
-    Args:
-        pool_size: what the pool at hand needs; None takes the saved router's.
-
-    Raises:
-        CheckpointError: files are missing or damaged, or it was trained for another pool or other features.
-    """
-    directory = Path(directory)
-    facts = _read_facts(directory)
-    if pool_size is not None and facts["pool_size"] != pool_size:
-        raise CheckpointError(
-            f"router {directory} chooses among {facts['pool_size']} models and the pool has {pool_size}: "
-            "use the pool that it was trained with, or train a router for this one"
-        )
-    if tuple(facts["features"]) != FEATURE_NAMES:
-        raise CheckpointError(
-            f"router {directory} was trained on the features {facts['features']}, "
-            f"expected {list(FEATURE_NAMES)}: train anew"
-        )
-    body, tokenizer = None, None
-    base = EncoderBase(**facts["base"]) if facts.get("base") else None
-    if base is not None:
-        body, tokenizer = _load_encoder(base)
-    elif facts["encoder"]:
-        try:
-            body = AutoModel.from_config(AutoConfig.from_pretrained(directory / _ENCODER_DIR), dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(directory / _ENCODER_DIR)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"router {directory}: its {_ENCODER_DIR}/ is missing or damaged: {error}") from error
-    shape = (facts["pool_size"], facts["hidden"], facts["prior"], Peek(facts["peek"]))
-    router = RouterNetwork(body, tokenizer, *shape, base)
-    try:
-        tensors = load_file(directory / _WEIGHTS_FILE)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"router {directory}: {_WEIGHTS_FILE} is missing or truncated: {error}") from error
-    fill_router(router, tensors, str(directory))
-    router.version = int(facts["version"])
-    return router.eval()
-
-
-def load_version(directory: str | Path) -> int:
-    """The version of a saved router's weights, without loading them.
-
-    Raises:
-        CheckpointError: the directory holds no router.
-    """
-    return int(_read_facts(Path(directory))["version"])
-
-
 def fill_router(router: RouterNetwork, state_dict: dict[str, torch.Tensor], source: str = "the given weights") -> None:
     """Copy weights into a router.
 
@@ -328,19 +246,3 @@ def fill_router(router: RouterNetwork, state_dict: dict[str, torch.Tensor], sour
             "Check pool.models, router.encoder and router.hidden against the run that saved them"
         )
     router.load_state_dict(state_dict, strict=False)  # frozen weights are not among them
-
-
-def _read_facts(directory: Path) -> dict[str, Any]:
-    path = directory / _FACTS_FILE
-    keys = ("pool_size", "hidden", "prior", "peek", "encoder", "features", "version")
-    try:
-        facts = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"no router could be read from {directory}: {path.name} is missing or damaged ({error}). "
-            "Expected a directory written by save_router; train a router first"
-        ) from error
-    missing = [key for key in keys if key not in facts]
-    if missing:
-        raise CheckpointError(f"router {directory}: {path.name} lacks {', '.join(missing)}; save the router again")
-    return cast("dict[str, Any]", facts)
