@@ -40,7 +40,8 @@ class Range:
         return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
-Arm = Callable[[str], Awaitable[Counts]]  # is told a name that no other turn has, to make prompts of its own with
+# Is told a name that no other turn has, to make prompts of its own with. Only what it gives to await is timed.
+Arm = Callable[[str], Awaitable[Counts]]
 
 
 async def take_turns(arms: Mapping[str, Arm], rounds: int, warmups: int = 1) -> dict[str, list[Turn]]:
@@ -50,8 +51,9 @@ async def take_turns(arms: Mapping[str, Arm], rounds: int, warmups: int = 1) -> 
     for index in range(-warmups, rounds):
         start = index % len(names)
         for name in names[start:] + names[:start]:
+            work = arms[name](f"{index + warmups:03d}{names.index(name):03d}")
             wall, cpu = time.perf_counter(), _measure_cpu()
-            counts = await arms[name](f"{index + warmups:03d}{names.index(name):03d}")
+            counts = await work
             turn = Turn(time.perf_counter() - wall, _measure_cpu() - cpu, counts)
             if index >= 0:
                 turns[name].append(turn)

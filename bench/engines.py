@@ -12,7 +12,7 @@ import asyncio
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any
 
 import torch
@@ -71,14 +71,16 @@ async def compare_engines(engines: dict[str, Any], batch: int, count: int, round
     calls = dict.fromkeys(engines, 0)
 
     def make_arm(name: str) -> Arm:
-        async def run(_: str) -> Counts:
-            turn, calls[name] = calls[name], calls[name] + 1
-            # Queries of other batch sizes would be known to the prefix caches.
-            results = await write_steps(engines[name], make_requests(count, 1000 * batch + turn), batch)
-            written[turn, name] = results
+        async def run(turn: int, requests: list[StepRequest]) -> Counts:
+            results = written[turn, name] = await write_steps(engines[name], requests, batch)
             return Counts((sum(len(result.token_ids) for result in results),))
 
-        return run
+        def prepare(_: str) -> Awaitable[Counts]:
+            turn, calls[name] = calls[name], calls[name] + 1
+            # Queries of other batch sizes would be known to the prefix caches.
+            return run(turn, make_requests(count, 1000 * batch + turn))
+
+        return prepare
 
     turns = await take_turns({name: make_arm(name) for name in engines}, rounds)
     first, *others = engines

@@ -20,7 +20,7 @@ import asyncio
 import dataclasses
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +66,19 @@ def make_arms(pool: EnginePool, shape: Shape, tokenizer: Any, router: Any) -> di
     def make_episodes(scripts: Sequence[tuple[int, ...]], asked: Any = None) -> Arm:
         return lambda turn: run_episodes(pool, shape, make_texts(shape, turn, tokenizer), scripts, asked)
 
-    async def write_whole(turn: str) -> Counts:
+    def write_whole(turn: str) -> Awaitable[Counts]:
         texts = make_texts(shape, turn, tokenizer)
         requests = [
             (script[0], StepRequest(text + "\n\n", shape.tokens, delimiter=""))
             for text, script in zip(texts, same, strict=True)
         ]
-        return await ask(pool, requests)
+        return ask(pool, requests)
 
-    async def prefill(turn: str) -> Counts:
-        counts = await ask(pool, make_readings(shape, turn, tokenizer, turns))
-        return Counts((0,) * pool.size, counts.read)
+    def prefill(turn: str) -> Awaitable[Counts]:
+        return read(make_readings(shape, turn, tokenizer, turns))
+
+    async def read(requests: Sequence[tuple[int, StepRequest]]) -> Counts:
+        return Counts((0,) * pool.size, (await ask(pool, requests)).read)
 
     return {
         "whole": write_whole,
@@ -209,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--engine", default="vllm", choices=("vllm", "hf"))
     parser.add_argument("--episodes", type=int, default=32, help="all at once")
     parser.add_argument("--steps", type=int, default=8, help="of an episode; an even number")
-    parser.add_argument("--step-tokens", type=int, nargs="+", default=[32, 120])
+    parser.add_argument("--step-tokens", type=int, nargs="+", default=[32])
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--router-encoder", default=RouterConfig().encoder)

@@ -18,7 +18,7 @@ import asyncio
 import dataclasses
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -47,14 +47,13 @@ def make_loop(completer: Completer, shape: Shape, scripts: Sequence[Sequence[int
         ValueError: the loop did not write what it should.
     """
 
-    async def run(turn: str) -> Counts:
-        texts = make_texts(shape, turn, tokenizer)
+    async def run(texts: Sequence[str]) -> Counts:
         work = zip(texts, scripts, strict=True)
         works = [await solve(completer, text, script, shape.step_tokens) for text, script in work]
         check_work(total(works), shape, scripts)
         return Counts(total(works).kept)
 
-    return run
+    return lambda turn: run(make_texts(shape, turn, tokenizer))
 
 
 def check_work(work: Work, shape: Shape, scripts: Sequence[Sequence[int]]) -> None:
@@ -104,8 +103,8 @@ async def measure(options: argparse.Namespace, directory: Path) -> dict[str, Any
     router = RouterPolicy(make_router(RouterConfig(encoder=options.router_encoder), pool.size))
     scripts = make_scripts(shape, "random", options.large_share)
 
-    async def route(turn: str) -> Counts:
-        return await run_episodes(pool, shape, make_texts(shape, turn, tokenizer), scripts, router)
+    def route(turn: str) -> Awaitable[Counts]:
+        return run_episodes(pool, shape, make_texts(shape, turn, tokenizer), scripts, router)
 
     async with AsyncExitStack() as stack:
         loop_scripts = scripts[: few.episodes]
