@@ -7,6 +7,7 @@ every model is given as an endless copy: the same files, but for those that name
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,14 @@ def add_pool_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--memory-fractions", nargs=2, type=float, default=[0.0, 0.0], metavar="SHARE", help="of a GPU")
     group.add_argument("--tensor-parallel", nargs=2, type=int, default=[1, 1], metavar="GPUS")
     group.add_argument("--cache-mb", type=int, default=256, help="of key/value cache per model, on a CPU")
+
+
+def has_vllm() -> bool:
+    """Whether engine `vllm` can be measured; says so where it cannot, since `make bench` runs without it too."""
+    found = importlib.util.find_spec("vllm") is not None
+    if not found:
+        print("skipped: vLLM is not installed (`make setup-vllm` on a CPU, `pip install -e '.[vllm]'` with a GPU)")
+    return found
 
 
 def make_pool_config(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from bench._pool import has_vllm
 from bench._turns import Arm, Counts, Turn, compare, spread, take_turns, tell_machine
 from roro_ray.config import ModelConfig, PoolConfig
 from roro_ray.engines.pool import make_engine
@@ -148,6 +149,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--memory-fraction", type=float, default=0.0, help="of a GPU, for vllm")
     parser.add_argument("--quick", action="store_true", help="few steps, to see that it runs")
     options = parser.parse_args(argv)
+    if not has_vllm():
+        return
     if options.quick:
         options.models, options.batches, options.requests, options.rounds = options.models[:1], [1, 8], 8, 2
     torch.set_num_threads(1)

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from bench._episodes import Shape, count_read, count_written, make_scripts, make_texts, run_episodes
-from bench._pool import add_pool_options, make_pool_config
+from bench._pool import add_pool_options, has_vllm, make_pool_config
 from bench._turns import Arm, Counts, Turn, check_counts, compare, subtract, take_turns, tell_machine
 from roro_ray.config import RouterConfig
 from roro_ray.engines.loading import load_tokenizer
@@ -219,6 +219,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="few short steps, to see that it runs")
     add_pool_options(parser)
     options = parser.parse_args(argv)
+    if options.engine == "vllm" and not has_vllm():
+        return
     if options.steps % 2 or options.episodes % 2:
         parser.error("--steps and --episodes must be even, so that each model writes one half")
     if options.quick:

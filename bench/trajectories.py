@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from bench._episodes import Shape, count_written, make_scripts, make_texts, run_episodes
-from bench._pool import add_pool_options, make_pool_config
+from bench._pool import add_pool_options, has_vllm, make_pool_config
 from bench._specreason import Completer, EngineCompleter, ServerCompleter, Work, serve_pool, solve, total
 from bench._turns import Arm, Counts, Turn, check_counts, spread, take_turns, tell_machine
 from roro_ray.config import RouterConfig
@@ -156,6 +156,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="few short steps without servers, to see that it runs")
     add_pool_options(parser)
     options = parser.parse_args(argv)
+    if options.engine == "vllm" and not has_vllm():
+        return
     if options.quick:
         options.concurrency, options.steps, options.step_tokens = 8, 4, 8
         options.loop_queries, options.rounds, options.no_servers = 2, 2, True
