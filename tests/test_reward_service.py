@@ -29,7 +29,7 @@ class ScriptedReward:
     """A reward model of known verdicts: a trajectory's seed / 10 + the version; some queries go wrong.
 
     Query 3's rubric cannot be written while others are (and never alone), query 4's Judge fails, query 5's score is
-    not a number, query 6 takes a second.
+    not a number, query 6 takes some seconds.
     """
 
     def __init__(self, directory: str | None) -> None:
@@ -49,7 +49,7 @@ class ScriptedReward:
         if "scripted/4" in ids:
             raise ValueError("the judge stumbled")
         if "scripted/6" in ids:
-            time.sleep(1.0)
+            time.sleep(2.5)  # the machine may stall for a second
         assert [rubric.query_id for rubric in rubrics] == ids
         return [
             tuple(Verdict(math.nan if q.id == "scripted/5" else t.seed / 10 + self.version) for t in group)
