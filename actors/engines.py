@@ -1,7 +1,8 @@
 """Engines in actors of their own: one model per actor, shared by all rollout workers (pool.placement=actors).
 
-For models that are too large to sit in every worker. The worker's side is an `Engine` like any other: it gathers
-concurrent requests into one remote call, because a call costs about a millisecond and a token far less.
+For models that are too large to sit in every worker. The worker's side is an `Engine` like any other. For tiny models
+it gathers concurrent requests into one remote call, because a call costs about a millisecond and a token far less; for
+engines that join requests while others run (`vllm`, `openai`) every request is a call of its own.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from roro_ray.errors import EngineError, RoroError
 from roro_ray.gpu_checks import count_gpus, shares_gpu
 from roro_ray.learning.adapter_files import AdapterVersion
 
+MOST_REQUESTS = 10_000  # at once in an actor: under Ray's own bound some would wait outside the engine's batch
 _MOST_CALLS = 2  # in flight per worker and model: the next batch gathers while these are computed
 Item = StepRequest | tuple[str, tuple[str, ...], str]
 MakeEngine = Callable[[ModelConfig, PoolConfig], Engine]
@@ -88,19 +90,22 @@ class RemoteEngine:
     Args:
         actor: handle of the EngineActor.
         timeout_s: deadline of one call; loading after a restart counts.
+        gathers: send the requests of a moment in one call. Right where a step takes about as long as a call; where it
+            takes seconds, a shared call would hold back all its steps until the longest of them is written.
     """
 
-    def __init__(self, name: str, actor: Any, timeout_s: float) -> None:
+    def __init__(self, name: str, actor: Any, timeout_s: float, gathers: bool = True) -> None:
         self.name = name
         self.actor = actor
         self._timeout_s = timeout_s
+        self._gathers = gathers
         self._parcels: dict[str, Parcel] = {}
         self._pending: list[tuple[Item, asyncio.Future[Any]]] = []
         self._calls = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore_engine, (self.name, self.actor, self._timeout_s, self._parcels)
+        return _restore_engine, (self.name, self.actor, self._timeout_s, self._gathers, self._parcels)
 
     async def take_parcel(self, parcel: Parcel) -> None:
         """Have the actor serve an adapter, now and after a restart."""
@@ -118,15 +123,18 @@ class RemoteEngine:
         return await self._wait(self.actor.ready.remote(), "ready")
 
     async def generate_step(self, request: StepRequest) -> StepResult:
-        """Write one step, in a call shared with the other requests of the moment."""
+        """Write one step."""
         return await self._submit(request)
 
     async def score_choices(self, prefix: str, choices: tuple[str, ...], adapter: str = "") -> ChoiceScores:
-        """Score continuations, in a call shared with the other requests of the moment."""
+        """Score continuations."""
         return await self._submit((prefix, choices, adapter))
 
     async def _submit(self, item: Item) -> Any:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if not self._gathers:
+            await self._serve([(item, future)])
+            return future.result()
         self._pending.append((item, future))
         self._start_call()
         return await future
@@ -171,10 +179,17 @@ class RemoteEngine:
         return await wait_async(ref, f"model {self.name}: {what}", self._timeout_s, self.actor)
 
 
-def _restore_engine(name: str, actor: Any, timeout_s: float, parcels: dict[str, Parcel]) -> RemoteEngine:
-    engine = RemoteEngine(name, actor, timeout_s)
+def _restore_engine(
+    name: str, actor: Any, timeout_s: float, gathers: bool, parcels: dict[str, Parcel]
+) -> RemoteEngine:
+    engine = RemoteEngine(name, actor, timeout_s, gathers)
     engine._parcels = dict(parcels)
     return engine
+
+
+def gathers(model: ModelConfig) -> bool:
+    """Whether requests to a model are sent together: `hf` computes in batches and runs tiny models."""
+    return model.engine == "hf"
 
 
 def start_engines(config: Config, make: MakeEngine = make_model_engine) -> tuple[RemoteEngine, ...]:
@@ -190,10 +205,11 @@ def start_engines(config: Config, make: MakeEngine = make_model_engine) -> tuple
             num_gpus=count_gpus(model, config.ray),
             max_restarts=-1,
             max_task_retries=3,
+            max_concurrency=MOST_REQUESTS,
         )
         shares = shares_gpu(model, config.ray)
         handle = actor.remote(partial(make, model, config.pool), *(before if shares else ()))
         if shares:
             before = (handle.ready.remote(),)
-        engines.append(RemoteEngine(model.name, handle, config.episode.timeout_s))
+        engines.append(RemoteEngine(model.name, handle, config.episode.timeout_s, gathers(model)))
     return tuple(engines)

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from actors.adapters import deliver
-from actors.engines import EngineActor, MakeEngine, RemoteEngine, make_model_engine
+from actors.engines import MOST_REQUESTS, EngineActor, MakeEngine, RemoteEngine, gathers, make_model_engine
 from actors.waiting import wait_for, wait_for_resources
 from roro_ray.config import Config, ModelConfig, PoolConfig
 from roro_ray.engines.protocol import Engine
@@ -33,13 +33,15 @@ def open_model(config: Config, model: ModelConfig, make: MakeEngine = make_model
     bundle = {"CPU": config.ray.engine_cpus, "GPU": gpus}
     wait_for_resources([bundle], f"model {model.name}", config.ray.timeout_s, config.ray.autoscaler)
     options = {"num_cpus": config.ray.engine_cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 3}
+    options["max_concurrency"] = MOST_REQUESTS
     # The pool's settings of memory and batches, and this model alone.
     pool = PoolConfig([model], config.pool.batch_size, config.pool.memo_entries, config.pool.cache_mb)
     actor = ray.remote(EngineActor).options(**options).remote(partial(make, model, pool))
     try:
         wait_for(actor.ready.remote(), f"model {model.name}: ready", config.ray.timeout_s, actor)
-        # A call holds all requests of the moment: as long as the longest deadline of what they belong to.
-        yield RemoteEngine(model.name, actor, max(config.reward.timeout_s, config.episode.timeout_s))
+        # A call may hold all requests of the moment: as long as the longest deadline of what they belong to.
+        longest = max(config.reward.timeout_s, config.episode.timeout_s)
+        yield RemoteEngine(model.name, actor, longest, gathers(model))
     finally:
         ray.kill(actor)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import pickle
 import signal
 import threading
 import time
@@ -236,6 +237,33 @@ def test_remote_requests_share_calls(local_ray: None) -> None:
     assert len(results[50].log_probs) == 2
     assert sum(wait_for(actor.get_sizes.remote(), "sizes", 20)) == 51
     assert len(wait_for(actor.get_sizes.remote(), "sizes", 20)) <= 2
+    ray.kill(actor)
+
+
+def make_hanging_engine() -> ScriptedEngine:
+    return ScriptedEngine("remote", hangs=lambda prefix: "long" in prefix, fails=lambda prefix: "bad" in prefix)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gathers", [True, False])
+def test_a_long_step_holds_others_back_only_where_they_share_a_call(local_ray: None, gathers: bool) -> None:
+    actor = ray.remote(CountingActor).options(num_cpus=0).remote(make_hanging_engine)
+    engine = pickle.loads(pickle.dumps(RemoteEngine("remote", actor, 30.0, gathers)))
+
+    async def main() -> list[Any]:
+        await engine.ready()
+        prefixes = ["long", "bad", *(f"good {i}" for i in range(8))]
+        tasks = [asyncio.create_task(engine.generate_step(StepRequest(f"{p}\n\n", 20))) for p in prefixes]
+        done, _ = await asyncio.wait(tasks[1:], timeout=3.0 if gathers else 20.0)
+        tasks[0].cancel()
+        return [task.exception() or task.result() if task in done else None for task in tasks[1:]]
+
+    bad, *good = asyncio.run(main())
+    if gathers:
+        assert bad is None and set(good) == {None}
+    else:
+        assert "told to fail" in str(bad) and all(result.text == "A: note 0" for result in good)
+        assert wait_for(actor.get_sizes.remote(), "sizes", 20) == [1] * 10
     ray.kill(actor)
 
 
