@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from actors.dispatch import Dispatch, Progress
-from actors.engines import start_engines
+from actors.engines import gathers, start_engines
 from actors.publish import CHANNEL, BoardClient, Weights
 from actors.waiting import Bundle, wait_async, wait_for, wait_for_resources
 from roro_ray.config import Config
 from roro_ray.engines.protocol import Engine, EngineFacts
+from roro_ray.gpu_checks import count_gpus
 from roro_ray.routing.episode import EpisodeFailure, EpisodeSpec
 from roro_ray.types import Query, Trajectory
 
@@ -153,6 +154,7 @@ class RolloutPool:
     facts: tuple[WorkerFacts, ...]
     timeout_s: float
     concurrency: int
+    chunk: int = _CHUNK
 
     @classmethod
     def start(cls, config: Config, make: MakeRunner = make_runner) -> RolloutPool:
@@ -183,7 +185,9 @@ class RolloutPool:
             for handle in (*workers, board.actor, *(engine.actor for engine in engines)):
                 ray.kill(handle)
             raise
-        return cls(workers, engines, board, tuple(facts), config.episode.timeout_s, settings.concurrency)
+        # Episodes that take minutes come and go one by one: in a shared call all would wait for the longest.
+        chunk = _CHUNK if all(gathers(model) for model in config.pool.models) else 1
+        return cls(workers, engines, board, tuple(facts), config.episode.timeout_s, settings.concurrency, chunk)
 
     def run(
         self,
@@ -206,7 +210,7 @@ class RolloutPool:
         """
         needs_router = any(spec.strategy.startswith("router") for spec in specs)
         weights = self.board.look_up(version, channel) if needs_router else None
-        dispatch = Dispatch(self.workers, specs, weights, self.timeout_s, _CHUNK, self.concurrency)
+        dispatch = Dispatch(self.workers, specs, weights, self.timeout_s, self.chunk, self.concurrency)
         return dispatch.run(progress)
 
     def publish(self, state: dict[str, Any], version: int, channel: str = CHANNEL, keep: int = 2) -> None:
@@ -228,5 +232,7 @@ def pool_bundles(config: Config) -> list[Bundle]:
     settings = config.ray
     bundles: list[Bundle] = [{"CPU": settings.worker_cpus, "GPU": settings.worker_gpus}] * settings.workers
     if config.pool.placement == "actors":
-        bundles += [{"CPU": settings.engine_cpus, "GPU": settings.engine_gpus}] * len(config.pool.models)
+        bundles += [
+            {"CPU": settings.engine_cpus, "GPU": count_gpus(model, settings)} for model in config.pool.models
+        ]
     return bundles

@@ -84,6 +84,16 @@ def test_the_same_as_in_one_process(pool: RolloutPool) -> None:
     assert plain(results) == plain(run_specs(make_scripted_runner(make_scripted_config()), specs))
     assert told[-1] == (24, 24)
     assert pool.run([]) == []
+    assert plain(dataclasses.replace(pool, chunk=1).run(specs)) == plain(results)
+
+
+@pytest.mark.slow
+def test_episodes_of_slow_engines_come_and_go_one_by_one(local_ray: None) -> None:
+    config = make_scripted_config()
+    config.pool.models[1].engine = "vllm"  # the scripted runner has no use for it
+    slow = RolloutPool.start(config, make_scripted_runner)
+    slow.stop()
+    assert slow.chunk == 1
 
 
 @pytest.mark.slow
