@@ -17,7 +17,7 @@ from typing import Any
 from roro_ray.engines.api_client import FIELD_REFUSALS, ApiClient, ApiRefusedError
 from roro_ray.engines.api_prompts import ApiTraits, Body, make_options, make_prompt, make_schema, split_chat
 from roro_ray.engines.api_replies import Reply, make_handles, measure_entropy, read_finish, spell
-from roro_ray.engines.protocol import StepDelta, StepRequest, StepResult
+from roro_ray.engines.protocol import StepDelta, StepRequest, StepResult, check_limits
 from roro_ray.errors import EngineError
 
 _CHARACTERS_PER_TOKEN = 4  # of the estimate for the rate limit, corrected by what is billed
@@ -149,7 +149,7 @@ class ApiWriter:
         Raises:
             EngineError: the request is malformed or refused; EngineUnavailableError: the endpoint cannot be reached.
         """
-        self._check(request)
+        check_limits(self.client.name, request)
         kept = spell(request.kept_ids)
         draft = _Draft(request, kept, list(request.kept_ids), told=len(kept))
         if (peek := self._peeks.find(request)) is not None:
@@ -188,16 +188,6 @@ class ApiWriter:
         reply = Reply()
         reply.add(await self.client.ask(self.traits.path, body, len(prefix) // _CHARACTERS_PER_TOKEN + 1))
         return reply
-
-    def _check(self, request: StepRequest) -> None:
-        name = f"engine {self.client.name}"
-        if request.max_tokens < max(1, len(request.kept_ids)):
-            raise EngineError(
-                f"{name}: max_tokens={request.max_tokens} with {len(request.kept_ids)} kept ids: expected at least 1 "
-                "and at least the number of kept ids, since it bounds the whole step"
-            )
-        if not 0 < request.top_p <= 1:
-            raise EngineError(f"{name}: top_p={request.top_p}: expected a number above 0 and at most 1")
 
     def _begin(self, request: StepRequest, draft: _Draft) -> _Segment:
         traits = self.traits

@@ -19,12 +19,20 @@ from roro_ray.engines.decoding import DecodeStats, StepDecoder
 from roro_ray.engines.formats import make_format
 from roro_ray.engines.loading import LoadedModel, load_model, resolve_model_path
 from roro_ray.engines.memo import GreedyMemo, ScoreMemo
-from roro_ray.engines.protocol import ChoiceScores, EngineFacts, Prices, StepDelta, StepRequest, StepResult
+from roro_ray.engines.protocol import (
+    ChoiceScores,
+    EngineFacts,
+    Prices,
+    StepDelta,
+    StepRequest,
+    StepResult,
+    check_limits,
+)
 from roro_ray.engines.scoring import ScoreRequest
 from roro_ray.engines.streaming import StepStream
 from roro_ray.engines.text import StepText
 from roro_ray.engines.worker import BatchWorker, EngineJob, Request, Result
-from roro_ray.errors import ConfigError, EngineError
+from roro_ray.errors import ConfigError
 
 __all__ = ["EngineStats", "HfEngine", "resolve_model_path"]
 
@@ -205,16 +213,7 @@ class HfEngine:
         if self._facts is None:
             await self.ready()
         self._requests += 1
-        if request.max_tokens < max(1, len(request.kept_ids)):
-            raise EngineError(
-                f"engine {self.name}: max_tokens={request.max_tokens} with {len(request.kept_ids)} kept ids: expected "
-                "at least 1 and at least the number of kept ids, since it bounds the whole step"
-            )
-        if not 0 < request.top_p <= 1:
-            raise EngineError(
-                f"engine {self.name}: top_p={request.top_p}: expected a number above 0 and at most 1 (1 samples from "
-                "the whole distribution, temperature=0 takes the most probable token)"
-            )
+        check_limits(self.name, request)
         if request.known is not None or request.schema or request.adapter:
             # What this engine has no use for must not keep equal requests apart.
             request = replace(request, known=None, schema="", adapter=self._adapters.hold(request.adapter))

@@ -39,8 +39,7 @@ class MeteredEngine:
 
     async def score_choices(self, prefix: str, choices: tuple[str, ...], adapter: str = "") -> ChoiceScores:
         """Scores, their tokens noted: the prefix is read once, each choice behind it."""
-        asked = (prefix, choices, adapter) if adapter else (prefix, choices)
-        scores = await self._engine.score_choices(*asked)
+        scores = await self._engine.score_choices(prefix, choices, adapter)
         self._note(scores.prefix_tokens + sum(scores.tokens), 0, 0)
         return scores
 

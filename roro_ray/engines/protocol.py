@@ -8,6 +8,7 @@ from typing import Protocol, cast
 
 from roro_ray.config import STEP_DELIMITER
 from roro_ray.engines.formats import PLAIN, PromptFormat
+from roro_ray.errors import EngineError
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,3 +186,21 @@ def stream_step(engine: Engine, request: StepRequest) -> AsyncIterator[StepDelta
 
 async def _stream_whole(engine: Engine, request: StepRequest) -> AsyncIterator[StepDelta | StepResult]:
     yield await engine.generate_step(request)
+
+
+def check_limits(engine: str, request: StepRequest) -> None:
+    """Refuse limits that contradict each other; `engine` is the name that the message gives.
+
+    Raises:
+        EngineError: names the values.
+    """
+    if request.max_tokens < max(1, len(request.kept_ids)):
+        raise EngineError(
+            f"engine {engine}: max_tokens={request.max_tokens} with {len(request.kept_ids)} kept ids: expected at "
+            "least 1 and at least the number of kept ids, since it bounds the whole step"
+        )
+    if not 0 < request.top_p <= 1:
+        raise EngineError(
+            f"engine {engine}: top_p={request.top_p}: expected a number above 0 and at most 1 (1 samples from the "
+            "whole distribution, temperature=0 takes the most probable token)"
+        )

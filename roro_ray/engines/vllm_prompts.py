@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from roro_ray.engines.protocol import StepRequest
+from roro_ray.engines.protocol import StepRequest, check_limits
 from roro_ray.engines.text import StepText
 from roro_ray.errors import EngineError
 
@@ -76,21 +76,12 @@ class PromptReader:
 
 
 def check_request(engine: str, request: StepRequest) -> None:
-    """Refuse limits that contradict each other.
+    """Refuse limits that contradict each other, and ids of more than the prefix.
 
     Raises:
         EngineError: names the values.
     """
-    if request.max_tokens < max(1, len(request.kept_ids)):
-        raise EngineError(
-            f"engine {engine}: max_tokens={request.max_tokens} with {len(request.kept_ids)} kept ids: expected at "
-            "least 1 and at least the number of kept ids, since it bounds the whole step"
-        )
-    if not 0 < request.top_p <= 1:
-        raise EngineError(
-            f"engine {engine}: top_p={request.top_p}: expected a number above 0 and at most 1 (1 samples from the "
-            "whole distribution, temperature=0 takes the most probable token)"
-        )
+    check_limits(engine, request)
     if request.known is not None and request.known.characters > len(request.prefix):
         raise EngineError(
             f"engine {engine}: the ids of {request.known.characters} characters are given, but the prefix has "
