@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from roro_ray.cluster_config import FaultsConfig as FaultsConfig
+from roro_ray.cluster_config import RayConfig as RayConfig
+from roro_ray.cluster_config import StorageConfig as StorageConfig
+
 STEP_DELIMITER = "\n\n"
 
 
@@ -264,27 +268,6 @@ class CalibrateConfig:
 
 
 @dataclass
-class RayConfig:
-    """What to ask of Ray."""
-
-    address: str = "auto"  # auto: join a running cluster named by RAY_ADDRESS, else start one; local: always start
-    workers: int = 2  # rollout workers
-    worker_cpus: float = 0.5  # logical CPUs of each rollout worker
-    worker_gpus: float = 0.0  # GPUs of each rollout worker, where its models run on one
-    learner_cpus: float = 0.5
-    learner_gpus: float = 0.0  # GPUs of each Train worker
-    reward_cpus: float = 0.5
-    reward_gpus: float = 0.0
-    engine_cpus: float = 0.5  # of each model's actor with pool.placement=actors
-    engine_gpus: float = 0.0
-    autoscaler: bool = False  # the cluster can grow: wait for resources that it lacks instead of failing
-    object_store_mb: int = 256  # of a cluster that we start
-    gpu_memory_gb: float = 80.0  # GiB of each GPU, for what --dry-run works out; a running engine asks the GPU itself
-    timeout_s: float = 120.0  # deadline of ready() calls
-    concurrency: int = 256  # concurrent episodes per worker
-
-
-@dataclass
 class EstimateConfig:
     """What `--dry-run` assumes where nothing is measured yet. Nothing that runs reads it: change it freely."""
 
@@ -315,7 +298,7 @@ class WandbConfig:
 class Config:
     """Everything that a run needs; saved resolved in the run directory."""
 
-    run_dir: str = "runs/demo"  # where everything of this run goes
+    run_dir: str = "runs/demo"  # where everything of this run goes: a path, or a URI such as s3://bucket/run
     seed: int = 0
     pool: PoolConfig = field(default_factory=PoolConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -329,5 +312,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     estimate: EstimateConfig = field(default_factory=EstimateConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
