@@ -10,7 +10,9 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,7 +64,8 @@ def open_cluster(config: RayConfig, verbose: bool = False) -> Iterator[ClusterFa
         return
     address = os.environ.get("RAY_ADDRESS", "local") if config.address == "auto" else config.address
     if address != "local":
-        ray.init(address=address, log_to_driver=verbose, logging_level=logging.WARNING)
+        with _kept_handler():
+            ray.init(address=address, log_to_driver=verbose, logging_level=logging.WARNING)
         try:
             yield ClusterFacts(ray.get_runtime_context().gcs_address, False, ray.cluster_resources())
         finally:
@@ -109,17 +112,29 @@ def start_local(object_store_mb: int, temp_dir: Path, num_cpus: int, verbose: bo
 
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # says that there is a token
 
-    ray.init(
-        address="local",  # never join what an earlier run left behind
-        num_cpus=num_cpus,
-        object_store_memory=object_store_mb * 2**20,
-        include_dashboard=False,
-        log_to_driver=verbose,
-        logging_level=logging.WARNING if verbose else logging.ERROR,
-        _temp_dir=str(temp_dir),
-    )
+    with _kept_handler():
+        ray.init(
+            address="local",  # never join what an earlier run left behind
+            num_cpus=num_cpus,
+            object_store_memory=object_store_mb * 2**20,
+            include_dashboard=False,
+            log_to_driver=verbose,
+            logging_level=logging.WARNING if verbose else logging.ERROR,
+            _temp_dir=str(temp_dir),
+        )
 
 
 def count_logical_cpus() -> int:
     """Logical CPUs to give a local cluster: more than there are cores, since most actors wait for others."""
     return max(_LEAST_LOGICAL, _LOGICAL_PER_CORE * (os.cpu_count() or 1))
+
+
+@contextmanager
+def _kept_handler() -> Iterator[None]:
+    """Keep what the caller does on SIGTERM: `ray.init` would have it end the driver with exit code 15."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)

@@ -1,25 +1,30 @@
 """The shell that every job shares: arguments, settings, run directory, and how a failure is told.
 
 Nothing heavy is imported here, so `--help` and `--dry-run` answer at once: a job imports torch and Ray inside its main
-function. An error of this project ends in one message on stderr and exit code 2; the first failure is also written to
-metrics.jsonl. A job that is interrupted goes on where it stopped when the same command runs again.
+function. An error of this project ends in one message on stderr and exit code 2, any other in a traceback and 1; Ctrl-C
+gives 130 and SIGTERM 143. Whatever ends a job is also the last line of metrics.jsonl. A job that is interrupted goes on
+where it stopped when the same command runs again.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
+import platform
 import shlex
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
+from typing import NoReturn
 
-from tqdm import tqdm
-
+from jobs._stopping import StopSignal
+from jobs._terminal import say, take_over_warnings
 from jobs._wandb import WandbMirror
 from roro_ray.config import Config
 from roro_ray.data.run_dir import RunDir, open_run, saved_config
@@ -27,14 +32,16 @@ from roro_ray.errors import RoroError
 from roro_ray.plan import describe_plan
 from roro_ray.settings import describe_settings, load_config
 
+OUR_ERROR = 1
 USER_ERROR = 2
-INTERRUPTED = 130
 # One thread per process: processes share the cores, and OpenMP's busy waiting makes them 10 to 100 times slower.
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "WANDB_SILENT": "true",
+    # Else a thread of a stage that was given up would join or start another Ray by its next call.
+    "RAY_ENABLE_AUTO_CONNECT": "0",
 }
 
 JobMain = Callable[[Config, RunDir, argparse.Namespace], None]
@@ -63,29 +70,86 @@ def run_job(
     """Read the arguments, open the run and do the job; returns the exit code.
 
     Args:
+        argv: the arguments; None takes those of the process, which ends here where the job failed or was stopped.
         defaults: overrides that the job itself sets beneath the user's, from the parsed arguments.
     """
     arguments = parser.parse_intermixed_args(argv)
     arguments.command = shlex.join(parser.prog.split() + list(sys.argv[1:] if argv is None else argv))
-    warnings.showwarning = _show_warning
+    take_over_warnings()
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    run: RunDir | None = None
+    with StopSignal() as stop:
+        code = _run(parser, main, arguments, defaults, stop)
+    if code and argv is None:
+        _end_at_once(code)
+    return code
+
+
+def _run(
+    parser: argparse.ArgumentParser,
+    main: JobMain,
+    arguments: argparse.Namespace,
+    defaults: Callable[[argparse.Namespace], Sequence[str]] | None,
+    stop: StopSignal,
+) -> int:
     try:
         own = tuple(defaults(arguments)) if defaults else ()
         config = resolve_config([*own, *arguments.overrides], arguments.config)
         if arguments.dry_run:
             print(describe_plan(config))
             return 0
-        run = open_run(config)
-        with WandbMirror(config, run):
+        with _opened_run(config, arguments.command, stop) as run:
+            say(f"{parser.prog} in {run.path} ({_format_versions()})")
+            began = time.monotonic()
             main(config, run, arguments)
+        say(f"{parser.prog}: finished in {time.monotonic() - began:.1f} s, all of it in {run.path}")
         return 0
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on from here.", file=sys.stderr)
-        return INTERRUPTED
-    except Exception as error:
-        return _tell_failure(error, run, parser.prog)
+    except BaseException as error:
+        if stop.explains(error):
+            say(f"Stopped by {stop.name}. The same command goes on from here.")
+            return stop.exit_code
+        if not isinstance(error, Exception):
+            raise
+        return _tell_failure(error, parser.prog)
+
+
+@contextmanager
+def _opened_run(config: Config, command: str, stop: StopSignal) -> Iterator[RunDir]:
+    """The run of a job: however the job ends, its end is the last record, and only then is the run closed, here."""
+    run = open_run(config)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(WandbMirror(config, run))
+            yield run
+        except BaseException as error:
+            with suppress(OSError):  # a full disk is perhaps what the error tells of
+                run.log(_describe_end(error, command, stop))
+            raise
+
+
+def _describe_end(error: BaseException, command: str, stop: StopSignal) -> dict[str, object]:
+    """The record of a job that did not finish."""
+    if stop.explains(error):
+        return {"event": "stopped", "command": command, "signal": stop.name}
+    cause = _find_cause(error)
+    return {"event": "failure", "command": command, "error": type(cause).__name__, "message": str(cause)}
+
+
+def _format_versions() -> str:
+    shown = [f"Python {platform.python_version()}"]
+    for name in ("roro_ray", "ray", "torch"):
+        with suppress(metadata.PackageNotFoundError):  # the code may have come as a working directory
+            shown.append(f"{name} {metadata.version(name)}")
+    return ", ".join(shown)
+
+
+def _end_at_once(code: int) -> NoReturn:
+    """End the process without waiting for threads: those of stages may still compute, and Python's own way out would
+    cut them off inside native code, which can abort the process with another exit code."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def resolve_config(overrides: Sequence[str], file: str | Path | None) -> Config:
@@ -111,28 +175,17 @@ def run_stage(run: RunDir, stage: str, title: str) -> Iterator[dict[str, object]
     say(f"{title}: done in {seconds:g} s" + (f" ({shown})" if shown else ""))
 
 
-def say(text: str) -> None:
-    """A line for the person at the terminal; stdout is kept for results."""
-    # Above any bar, and whole: stages that run side by side speak at once.
-    tqdm.write(text, file=sys.stderr)
-    sys.stderr.flush()
-
-
-def _tell_failure(error: Exception, run: RunDir | None, command: str) -> int:
+def _find_cause(error: BaseException) -> BaseException:
     # Ray hands a remote error on in a wrapper whose text is a traceback; the cause says what matters.
     cause = getattr(error, "cause", None)
-    shown = cause if isinstance(cause, RoroError) else error
-    expected = isinstance(shown, RoroError)
-    if run is not None and run.path.is_dir():
-        run.log({"event": "failure", "command": command, "error": type(shown).__name__, "message": str(shown)})
-    if not expected:
-        traceback.print_exception(error)
-        print(f"\n{command} failed: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    print(f"{command}: {shown}", file=sys.stderr)
-    return USER_ERROR
+    return cause if isinstance(cause, RoroError) else error
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_rest: object, **_more: object) -> None:
-    if issubclass(category, UserWarning) and not issubclass(category, ImportWarning):
-        print(f"warning: {message}", file=sys.stderr)
+def _tell_failure(error: Exception, command: str) -> int:
+    shown = _find_cause(error)
+    if isinstance(shown, RoroError):
+        say(f"{command}: {shown}")
+        return USER_ERROR
+    traceback.print_exception(error)
+    say(f"{command} failed: {type(error).__name__}: {error}")
+    return OUR_ERROR

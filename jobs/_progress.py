@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 
 from tqdm import tqdm
 
-from jobs._cli import say
+from jobs._terminal import has_terminal, say
 
 _LINE_EVERY_S = 5.0
 
@@ -27,7 +25,7 @@ class Progress:
         self._label = ""
         self._began = self._last_line = time.monotonic()
         self._bar: tqdm[object] | None = None
-        if _has_terminal():
+        if has_terminal():
             self._bar = tqdm(total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True, leave=False)
 
     def __enter__(self) -> Progress:
@@ -78,11 +76,3 @@ class Progress:
         left = f"{(self.total - self.done) / rate:.0f} s left" if rate > 0 else "time left unknown"
         share = 100 * self.done / max(self.total, 1)
         return f"  {self.what}: {self.done}/{self.total} {self.unit} ({share:.0f}%), {rate:.3g}/s, {left}"
-
-
-def _has_terminal() -> bool:
-    """True where a bar can be drawn; a pseudo-terminal without a width (in a container) shows lines instead."""
-    try:
-        return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
-    except (OSError, ValueError):
-        return False

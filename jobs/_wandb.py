@@ -46,13 +46,13 @@ class WandbMirror:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._wandb_run is None:
             return
         self._stop.set()
         self._thread.join(timeout=30)
         self._copy()
-        self._wandb_run.finish()
+        self._wandb_run.finish(exit_code=0 if kind is None else 1)
         import wandb
 
         wandb.teardown()  # ends its service, and so writes what it still holds

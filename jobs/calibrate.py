@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs._cli import make_parser, run_job, run_stage, say
+from jobs._cli import make_parser, run_job, run_stage
 from jobs._progress import Progress
+from jobs._terminal import say
 from roro_ray.config import Config
 from roro_ray.data.run_dir import RunDir
 from roro_ray.errors import DataError

@@ -15,7 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs._cli import make_parser, run_job, say
+from jobs._cli import make_parser, run_job
+from jobs._terminal import say
 from jobs.demo import QUICK
 from roro_ray.config import Config
 from roro_ray.data.run_dir import RunDir, open_run, read_json, write_json

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from jobs._cli import make_parser, run_job, say
+from jobs._cli import make_parser, run_job
+from jobs._terminal import say
 from roro_ray.config import Config
 from roro_ray.data.run_dir import RunDir
 

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs._cli import run_stage, say
+from jobs._cli import run_stage
 from jobs._progress import Progress
+from jobs._terminal import say
 from roro_ray.config import Config
 from roro_ray.data.run_dir import RunDir, write_json
 

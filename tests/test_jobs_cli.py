@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -112,9 +113,17 @@ def failing(error: BaseException):
     return main
 
 
+def lines_said(capsys) -> list[str]:
+    """What a job said in a log: each line behind its time; without the first line, which names the run."""
+    lines = capsys.readouterr().err.splitlines()
+    times = [re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in lines]
+    assert all(times), lines
+    return [line[20:] for line in lines if " (Python " not in line]
+
+
 def test_an_error_of_the_project_is_told_and_recorded(tmp_path: Path, capsys) -> None:
     assert run_with(failing(EngineError("no model in /x: give another path")), f"run_dir={tmp_path}/r") == 2
-    assert capsys.readouterr().err == "python -m jobs.test: no model in /x: give another path\n"
+    assert lines_said(capsys) == ["python -m jobs.test: no model in /x: give another path"]
     (record,) = read_metrics(tmp_path / "r" / "metrics.jsonl")
     assert (record["event"], record["error"]) == ("failure", "EngineError")
     assert record["message"] == "no model in /x: give another path"
@@ -125,7 +134,7 @@ def test_an_error_inside_rays_wrapper_is_unwrapped(tmp_path: Path, capsys) -> No
         cause = DataError("x.parquet is truncated")
 
     assert run_with(failing(Wrapper("a page of traceback")), f"run_dir={tmp_path}/r") == 2
-    assert capsys.readouterr().err == "python -m jobs.test: x.parquet is truncated\n"
+    assert lines_said(capsys) == ["python -m jobs.test: x.parquet is truncated"]
 
 
 def test_an_unexpected_error_shows_its_traceback_and_is_recorded(tmp_path: Path, capsys) -> None:
@@ -137,7 +146,9 @@ def test_an_unexpected_error_shows_its_traceback_and_is_recorded(tmp_path: Path,
 
 def test_an_interrupt_says_how_to_go_on(tmp_path: Path, capsys) -> None:
     assert run_with(failing(KeyboardInterrupt()), f"run_dir={tmp_path}/r") == 130
-    assert "goes on from here" in capsys.readouterr().err
+    assert lines_said(capsys) == ["Stopped by SIGINT. The same command goes on from here."]
+    (record,) = read_metrics(tmp_path / "r" / "metrics.jsonl")
+    assert (record["event"], record["signal"]) == ("stopped", "SIGINT")
 
 
 def test_a_collision_names_the_key_and_the_way_out(tmp_path: Path, capsys) -> None:
@@ -148,9 +159,17 @@ def test_a_collision_names_the_key_and_the_way_out(tmp_path: Path, capsys) -> No
     assert "collect was made with data.train_queries=80, now data.train_queries=3" in capsys.readouterr().err
 
 
-def test_a_warning_is_one_line(tmp_path: Path, capsys) -> None:
-    assert run_with(lambda *_: None, f"run_dir={tmp_path}/r", "wandb.project=mine") == 0
-    assert capsys.readouterr().err == "warning: wandb.project=mine will be ignored (wandb.mode=disabled).\n"
+def test_a_warning_is_one_line_and_said_once(tmp_path: Path, capsys) -> None:
+    def warn_again(*_: object) -> None:
+        for _ in range(2):
+            warnings.warn("slow disk", stacklevel=1)
+            warnings.simplefilter("always")  # as any use of catch_warnings makes Python forget what it has shown
+
+    with warnings.catch_warnings():
+        assert run_with(warn_again, f"run_dir={tmp_path}/r", "wandb.project=mine") == 0
+    *said, end = lines_said(capsys)
+    assert said == ["warning: wandb.project=mine will be ignored (wandb.mode=disabled).", "warning: slow disk"]
+    assert re.fullmatch(rf"python -m jobs.test: finished in [\d.]+ s, all of it in {tmp_path}/r", end)
 
 
 def test_a_run_keeps_its_settings_for_the_next_stage(tmp_path: Path) -> None:
@@ -198,7 +217,7 @@ def test_progress_tells_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> N
     with Progress("collect", 500, "episodes", done=100) as bar:
         bar.move_to(200)
     # 100 of this run in 10 s; what an earlier run had done does not count.
-    assert shown.getvalue() == "  collect: 200/500 episodes (40%), 10/s, 30 s left\n"
+    assert shown.getvalue()[20:] == "collect: 200/500 episodes (40%), 10/s, 30 s left\n"
 
 
 def test_the_table_shows_every_method_and_where_the_report_lies(tmp_path: Path) -> None:
