@@ -228,13 +228,15 @@ class RouterConfig:
     clip: float = 0.2  # PPO ratio clip
     grad_clip: float = 1.0
     entropy: float = 0.02  # entropy bonus
-    max_lag: int = 0  # router versions that a rollout may be behind; 0 is strictly on-policy
+    max_lag: int = 0  # router versions that rollouts are behind, and batches in the air beside it; 0: on-policy
+    objective: str = "ppo"  # ppo | decoupled: whether the ratio is clipped around the acting or the present weights
+    weight_cap: float = 2.0  # with objective=decoupled: most that a decision made by earlier weights may count
     workers: int = 1  # Ray Train workers
     checkpoint_every: int = 5  # iterations
     max_failures: int = 2  # restarts of the Train workers
     micro_batch: int = 128  # trajectories in one forward pass of the learner; changes memory, not the gradient
     gradient_checkpointing: bool = False  # the learner keeps no activations inside an encoder layer: less memory
-    cache_mb: int = 64  # MiB of key/value states that each rollout worker keeps of the texts its encoder has read
+    cache_mb: int = 64  # MiB of key/value states of read texts that a rollout worker keeps for each version in use
 
 
 @dataclass

@@ -11,6 +11,7 @@ from collections.abc import Collection
 from functools import reduce
 from typing import Any
 
+from roro_ray.cluster_checks import check_cluster
 from roro_ray.config import Config, LoraConfig
 from roro_ray.data.sources import check_data
 from roro_ray.errors import ConfigError, did_you_mean
@@ -28,6 +29,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "router.peek": tuple(peek.value for peek in Peek),
     "router.credit": ("trajectory", "step"),
     "router.normalisation": ("dr_grpo", "group", "dapo"),
+    "router.objective": ("ppo", "decoupled"),
     "lora.dtype": ("bfloat16", "float32"),
     "lora.attention": ("auto", "segments", "sdpa", "flash_attention_2"),
     "lora.strategy": ("single", "ddp", "fsdp2"),
@@ -126,6 +128,7 @@ _POSITIVE = (
     "router.head_lr",
     "router.encoder_lr",
     "router.clip",
+    "router.weight_cap",
     "router.grad_clip",
     "lora.alpha",
     "lora.rubricor_lr",
@@ -187,6 +190,7 @@ def check_config(settings: Config) -> None:
     _check_lora(settings.lora)
     _check_relations(settings)
     check_gpus(settings)
+    check_cluster(settings)
 
 
 def _check_choice(key: str, got: str, allowed: Collection[str]) -> None:
@@ -303,6 +307,8 @@ def warn_ignored(settings: Config, explicit: Collection[str]) -> None:
         ),
         (not greedy, "pool.memo_entries", "episode.temperature > 0: only greedy steps are remembered"),
         (settings.router.beta == 0, "router.credit", "router.beta=0: there is no process reward to credit"),
+        (settings.router.max_lag == 0, "router.objective", "router.max_lag=0: the acting weights are the present ones"),
+        (settings.router.objective == "ppo", "router.weight_cap", "router.objective=ppo"),
         *(
             (not settings.router.encoder, f"router.{key}", "router.encoder is empty")
             for key in ("encoder_lr", "encoder_rank", "encoder_dtype", "gradient_checkpointing", "cache_mb")

@@ -1,9 +1,8 @@
-"""One iteration of GRPO on the router: plan, roll out, score, weigh, update, publish.
+"""One iteration of GRPO on the router: take scored rollouts, weigh, update, publish.
 
 Everything outside the mathematics comes in as a callable, so the same code trains in a test's process and in the
 ranks of a Ray Train worker group. The weights after k updates have version k. Iteration i learns from rollouts of
-version max(i - max_lag, 0), exactly: a run is the same whatever the timing, and a resumed run the same as a straight
-one. With `max_lag` > 0 the rollouts of the next iterations are in flight while this one learns.
+version max(i - max_lag, 0), exactly (see `router_pipeline`).
 
 The learner computes the old log-probabilities anew with the weights that made them (it keeps the last `max_lag`
 versions) instead of trusting numbers computed in another process in batches of another make-up; the largest
@@ -14,12 +13,10 @@ Axes: `_B` trajectories, `_D` decisions of a trajectory, `_N` models of the pool
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -27,25 +24,17 @@ from torch import Tensor
 
 from roro_ray.config import Config, RouterConfig
 from roro_ray.learning.grpo import EmptyBatchWarning, LossInputs, make_denominator, make_loss
-from roro_ray.learning.router_plan import GroupPlan, make_plan
-from roro_ray.learning.router_rewards import (
-    Advantages,
-    Rollouts,
-    Score,
-    collect_rollouts,
-    finish_metrics,
-    score_rollouts,
-    weigh_rollouts,
-)
-from roro_ray.routing.episode import EpisodeFailure, EpisodeSpec
-from roro_ray.routing.router import RouterNetwork, fill_router
+from roro_ray.learning.lag import correct_lag
+from roro_ray.learning.router_pipeline import RolloutPipeline, Run, ScoredBatch
+from roro_ray.learning.router_rewards import Advantages, Score, finish_metrics, weigh_rollouts
+from roro_ray.routing.router import RouterNetwork, copy_router, fill_router
 from roro_ray.routing.router_batch import RouterBatch, encode_trajectories, score_decisions
-from roro_ray.types import Query, Trajectory
+from roro_ray.types import Query
 
 State = dict[str, Tensor]
-Run = Callable[[Sequence[EpisodeSpec], int], Sequence[Trajectory | EpisodeFailure]]
 Publish = Callable[[State, int], None]
 _TOKEN_METRICS = ("entropy", "clip_fraction", "old_kl", "advantage_abs")
+_LAG_METRICS = ("lag_kl", "lag_cut")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +46,22 @@ class Share:
     add: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One micro-batch, its advantages, and the log-probabilities that its ratios refer to."""
+
+    batch: RouterBatch
+    advantages_BD: Tensor
+    reference_BD: Tensor
+
+
 class RouterTrainer:
     """Holds the network, its optimizer and the versions that are still needed; `step` does one iteration.
 
     Args:
         queries: what iterations draw from.
-        run: rolls specs out under a published version; may be called from several threads.
-        score: the Judge, or None where `router.beta` is 0.
+        run: rolls specs out under a published version; with `router.max_lag` > 0 called from several threads.
+        score: the Judge, or None where `router.beta` is 0; never called by two threads at once.
         publish: makes weights available to `run` under a version.
         share: this rank's part; every rank must call `step` the same number of times.
     """
@@ -83,14 +81,10 @@ class RouterTrainer:
         self.optimizer = make_optimizer(network, config)
         self.iteration = 0
         self.past: dict[int, State] = {}
-        self._queries = list(queries)
-        self._run = run
-        self._score = score
         self._publish = publish
         self._share = share or Share()
-        self._behind = copy.deepcopy(network) if config.router.max_lag else None
-        self._threads = ThreadPoolExecutor(config.router.max_lag) if config.router.max_lag else None
-        self._flying: dict[int, Future[tuple[Rollouts, float]]] = {}
+        self._pipeline = RolloutPipeline(config, queries, run, score, self._share.rank, self._share.world)
+        self._behind = copy_router(network) if config.router.max_lag else None
 
     def begin(self) -> None:
         """Publish the present weights and the past ones that rollouts may still ask for."""
@@ -102,31 +96,32 @@ class RouterTrainer:
         """Do one iteration; returns its metrics, over all ranks.
 
         `reward`, `outcome`, `large_share`, `process` and `steps` are means over trajectories (NaN where there was
-        none), `dropped`, `failed`, `stale` and the like counts, `lag` versions, `seconds_*` wall time of this rank.
+        none), `dropped`, `failed`, `stale` and the like counts. `lag` is how many versions behind the trajectories
+        were, `lag_kl` how far that is (KL of the acting policy to the present one, nats a decision), `lag_cut` the
+        share of decisions whose weight was cut. `seconds_*` are wall time of this rank: `seconds_rollout` and
+        `seconds_score` from start to end, whatever ran beside them, `seconds_waited` what the learner stood idle
+        for them, and `overlap` the share of the two that it did not.
+
+        Raises:
+            RoroError: rollouts or scoring failed as a whole.
         """
         started = time.perf_counter()
-        version = max(self.iteration - self.config.router.max_lag, 0)
-        rollouts, rollout_s = self._collect(self.iteration)
+        batch = self._pipeline.take(self.iteration)
         waited_s = time.perf_counter() - started
+        lag = self.iteration - batch.version
+        assert 0 <= lag <= self.config.router.max_lag, f"rollouts lag {lag} versions"
         clock = time.perf_counter()
-        verdicts = score_rollouts(rollouts, self._score if self.config.router.beta else None)
-        score_s = time.perf_counter() - clock
-        clock = time.perf_counter()
-        weighed = weigh_rollouts(rollouts, verdicts, self.config.router)
-        learned = self._update(weighed, version)
+        weighed = weigh_rollouts(batch.rollouts, batch.verdicts, self.config.router)
+        learned = self._update(weighed, batch.version)
         learn_s = time.perf_counter() - clock
         clock = time.perf_counter()
-        lag = self.iteration - version
         self.iteration += 1
         for old in [v for v in self.past if v < self.iteration - self.config.router.max_lag]:
             del self.past[old]  # no rollout will be made with it any more
         self._publish(self.network.learned_state(), self.iteration)
-        sums = self._add_sums(weighed.sums)
-        metrics = {"iteration": float(self.iteration), "lag": float(lag), **finish_metrics(sums), **learned}
+        metrics = {"iteration": float(self.iteration), "lag": float(lag)}
+        metrics |= finish_metrics(self._add_sums(weighed.sums)) | learned | _time_metrics(batch, waited_s)
         metrics |= {
-            "seconds_rollout": rollout_s,
-            "seconds_waited": waited_s,
-            "seconds_score": score_s,
             "seconds_learn": learn_s,
             "seconds_publish": time.perf_counter() - clock,
             "seconds": time.perf_counter() - started,
@@ -135,26 +130,7 @@ class RouterTrainer:
 
     def close(self) -> None:
         """Wait for no more rollouts."""
-        if self._threads is not None:
-            self._threads.shutdown(wait=False, cancel_futures=True)
-
-    def _collect(self, iteration: int) -> tuple[Rollouts, float]:
-        """This iteration's rollouts (seconds spent beside them), with those of the next ones sent on their way."""
-        if self._threads is None:
-            return self._roll_out(iteration)
-        last = min(iteration + self.config.router.max_lag, self.config.router.iterations - 1)
-        for ahead in range(iteration, max(last, iteration) + 1):
-            if ahead not in self._flying:
-                self._flying[ahead] = self._threads.submit(self._roll_out, ahead)
-        return self._flying.pop(iteration).result()
-
-    def _roll_out(self, iteration: int) -> tuple[Rollouts, float]:
-        started = time.perf_counter()
-        version = max(iteration - self.config.router.max_lag, 0)
-        plan = make_plan(self._queries, self.config.router, self.config.seed, iteration)
-        groups: list[GroupPlan] = plan[self._share.rank :: self._share.world]
-        results = self._run([spec for group in groups for spec in group.specs], version) if groups else []
-        return collect_rollouts(groups, results, version), time.perf_counter() - started
+        self._pipeline.close()
 
     def _update(self, weighed: Advantages, version: int) -> dict[str, float]:
         """`router.epochs` optimizer steps on all ranks' trajectories together; metrics of the last one."""
@@ -178,22 +154,18 @@ class RouterTrainer:
                 stacklevel=2,
             )
             return {"empty": 1.0, "loss": 0.0, "grad_norm": 0.0, "entropy": math.nan, "log_prob_gap": 0.0}
-        old_BD = [self._old_log_probs(batch, version) for batch, _ in parts]
+        inputs, lagged = self._refer([batch for batch, _ in parts], [each for _, each in parts], version)
         decay_learning_rates(self.optimizer, self.iteration, settings)
         for _ in range(settings.epochs):
-            metrics = self._descend(parts, old_BD, denominator)
-        return metrics | {"empty": 0.0}
+            metrics = self._descend(inputs, denominator)
+        return metrics | lagged | {"empty": 0.0}
 
-    def _descend(
-        self, parts: Sequence[tuple[RouterBatch, Tensor]], old_BD: Sequence[Tensor], denominator: float
-    ) -> dict[str, float]:
+    def _descend(self, parts: Sequence[_Part], denominator: float) -> dict[str, float]:
         """One optimizer step on all micro-batches of all ranks; its metrics."""
         self.optimizer.zero_grad(set_to_none=True)
         totals: dict[str, float] = dict.fromkeys(("decisions", "loss", *_TOKEN_METRICS), 0.0)
-        gap = 0.0
-        for (batch, advantages_BD), part_old_BD in zip(parts, old_BD, strict=True):
-            metrics, part_gap = self._backward(batch, advantages_BD, part_old_BD, denominator)
-            gap = max(gap, part_gap)
+        for part in parts:
+            metrics = self._backward(part, denominator)
             totals["decisions"] += metrics["tokens"]
             totals["loss"] += metrics["loss"]
             for name in _TOKEN_METRICS:
@@ -203,7 +175,7 @@ class RouterTrainer:
         self.optimizer.step()
         totals = self._add_sums(totals)
         means = {name: totals[name] / totals["decisions"] for name in _TOKEN_METRICS}
-        return {"loss": totals["loss"], "grad_norm": float(norm), "log_prob_gap": gap, **means}
+        return {"loss": totals["loss"], "grad_norm": float(norm), **means}
 
     def _encode(self, weighed: Advantages, start: int, stop: int) -> tuple[RouterBatch, Tensor]:
         """One micro-batch and its advantages [B, D]."""
@@ -214,25 +186,42 @@ class RouterTrainer:
             advantages_BD[row, : len(values)] = torch.tensor(values)
         return batch.to(device), advantages_BD.to(device)
 
-    def _old_log_probs(self, batch: RouterBatch, version: int) -> Tensor:
-        """Log-probabilities of the actions under the version that acted."""
-        network = self.network
+    def _refer(
+        self, batches: Sequence[RouterBatch], advantages: Sequence[Tensor], version: int
+    ) -> tuple[list[_Part], dict[str, float]]:
+        """The micro-batches with what their ratios refer to, and the metrics of the lag."""
+        settings = self.config.router
+        acting = self.network
         if version != self.iteration:
             assert self._behind is not None, "a version behind the present one, and max_lag is 0"
-            network = self._behind
-            fill_router(network, self.past[version])
-        with torch.no_grad():
-            return score_decisions(network, batch)[0]
+            acting = self._behind
+            fill_router(acting, self.past[version])
+        parts, gap = [], 0.0
+        totals = dict.fromkeys(("decisions", *_LAG_METRICS), 0.0)
+        for batch, advantages_BD in zip(batches, advantages, strict=True):
+            mask_BD = batch.decision_mask_BD
+            with torch.no_grad():
+                acting_BD = score_decisions(acting, batch)[0]
+                present_BD = acting_BD if acting is self.network else score_decisions(self.network, batch)[0]
+            lagged = correct_lag(acting_BD, present_BD, mask_BD, settings.objective, settings.weight_cap)
+            parts.append(_Part(batch, advantages_BD * lagged.weights_BD, lagged.reference_BD))
+            gap_D = (acting_BD - batch.old_log_probs_BD).abs()[mask_BD]
+            gap = max(gap, float(gap_D.max()) if gap_D.numel() else 0.0)
+            totals["decisions"] += float(mask_BD.sum())
+            for name in _LAG_METRICS:
+                totals[name] += lagged.sums[name]
+        totals = self._add_sums(totals)
+        means = {name: totals[name] / totals["decisions"] for name in _LAG_METRICS}
+        return parts, {"log_prob_gap": gap, **means}
 
-    def _backward(
-        self, batch: RouterBatch, advantages_BD: Tensor, old_BD: Tensor, denominator: float
-    ) -> tuple[dict[str, float], float]:
-        """Add a micro-batch's gradient; its metrics, and the largest gap to the log-probabilities reported."""
+    def _backward(self, part: _Part, denominator: float) -> dict[str, float]:
+        """Add a micro-batch's gradient; its metrics."""
         settings = self.config.router
-        log_probs_BD, entropy_BD = score_decisions(self.network, batch)
-        inputs = LossInputs(log_probs_BD, old_BD, advantages_BD, batch.decision_mask_BD, entropy_BD)
+        log_probs_BD, entropy_BD = score_decisions(self.network, part.batch)
         output = make_loss(
-            inputs,
+            LossInputs(
+                log_probs_BD, part.reference_BD, part.advantages_BD, part.batch.decision_mask_BD, entropy_BD
+            ),
             settings.clip,
             settings.clip,
             settings.normalisation,
@@ -240,8 +229,7 @@ class RouterTrainer:
             denominator=denominator,
         )
         output.loss.backward()
-        gap_BD = (old_BD - batch.old_log_probs_BD).abs()[batch.decision_mask_BD]
-        return output.metrics, float(gap_BD.max()) if gap_BD.numel() else 0.0
+        return output.metrics
 
     def _add_gradients(self) -> list[torch.nn.Parameter]:
         """Sum every gradient over the ranks; a rank without a trajectory adds zeros."""
@@ -256,6 +244,16 @@ class RouterTrainer:
         names = sorted(sums)
         added = self._share.add(torch.tensor([sums[name] for name in names], dtype=torch.float64))
         return dict(zip(names, added.tolist(), strict=True))
+
+
+def _time_metrics(batch: ScoredBatch, waited_s: float) -> dict[str, float]:
+    work_s = batch.rollout_s + batch.score_s
+    return {
+        "seconds_rollout": batch.rollout_s,
+        "seconds_score": batch.score_s,
+        "seconds_waited": waited_s,
+        "overlap": min(max(1 - waited_s / work_s, 0.0), 1.0) if work_s else math.nan,
+    }
 
 
 def make_optimizer(network: RouterNetwork, config: Config) -> torch.optim.Optimizer:

@@ -14,6 +14,7 @@ Axes: B trajectories, T text tokens, D decisions, F features, C encoder width, N
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import cast
@@ -224,6 +225,12 @@ def load_encoder(base: EncoderBase) -> tuple[PreTrainedModel, PreTrainedTokenize
     return body, loaded.tokenizer
 
 
+
+
+def copy_router(router: RouterNetwork) -> RouterNetwork:
+    """Another router with the same weights; those that are frozen, and the tokenizer, it shares with the first."""
+    shared = [parameter for parameter in router.parameters() if not parameter.requires_grad]
+    return copy.deepcopy(router, {id(each): each for each in (*shared, router.tokenizer, router.pieces)})
 
 
 def fill_router(router: RouterNetwork, state_dict: dict[str, torch.Tensor], source: str = "the given weights") -> None:

@@ -27,7 +27,7 @@ from roro_ray.routing.opinion import (
     make_reading,
 )
 from roro_ray.routing.reader import TextReader
-from roro_ray.routing.router import RouterNetwork, fill_router
+from roro_ray.routing.router import RouterNetwork, copy_router, fill_router
 from roro_ray.types import Decision, Peek
 
 _BATCH_DECISIONS = 512
@@ -54,6 +54,7 @@ class _Core:
     def __init__(self, network: RouterNetwork, version: int, cache_mb: int) -> None:
         self.network = network.eval()
         self.version = version
+        self.cache_mb = cache_mb
         self.batcher: MicroBatcher[_Job, Opinion] = MicroBatcher(self._run, _BATCH_DECISIONS, 0.0, "router")
         self._lock = threading.Lock()
         self._states: dict[tuple[str, ...], torch.Tensor] = {}
@@ -161,6 +162,10 @@ class RouterPolicy:
     def as_priced(self) -> RouterPolicy:
         """The same weights (also after `load`), deciding at the price of the observation's cost weight."""
         return self._twin(lambda opinion, observation: decide_priced(opinion, observation.cost_weight))
+
+    def copy(self) -> RouterPolicy:
+        """The same decisions with weights of its own: `load` into one leaves the other as it is."""
+        return RouterPolicy(copy_router(self.network), self.version, self._rule, self._core.cache_mb)
 
     def _twin(self, rule: _Rule) -> RouterPolicy:
         twin = RouterPolicy.__new__(RouterPolicy)

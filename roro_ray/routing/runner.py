@@ -64,6 +64,11 @@ class Runner:
             raise ConfigError("got weights for a runner without a router: make it with Runner(pool, router, ..)")
         self.router.load(state_dict, version)
 
+    def copy(self) -> Runner:
+        """A runner on the same pool whose router has weights of its own, to run other versions beside this one's."""
+        router = None if self.router is None else self.router.copy()
+        return Runner(self.pool, router, self.config, self.concurrency, self.scorer)
+
     async def run(self, specs: Sequence[EpisodeSpec]) -> list[Trajectory | EpisodeFailure]:
         """Run the episodes; results in the order of the specs.
 
