@@ -219,9 +219,7 @@ class RouterTrainer:
         settings = self.config.router
         log_probs_BD, entropy_BD = score_decisions(self.network, part.batch)
         output = make_loss(
-            LossInputs(
-                log_probs_BD, part.reference_BD, part.advantages_BD, part.batch.decision_mask_BD, entropy_BD
-            ),
+            LossInputs(log_probs_BD, part.reference_BD, part.advantages_BD, part.batch.decision_mask_BD, entropy_BD),
             settings.clip,
             settings.clip,
             settings.normalisation,
