@@ -48,10 +48,10 @@ class StorageConfig:
 class FaultsConfig:
     """What to do when rollouts, scores or workers fail."""
 
-    rollouts: str = "retry"  # fail_fast | retry | minimum_group: what a failed rollout costs
+    rollouts: str = "retry"  # fail_fast | retry | minimum_group: what a failed rollout costs (`routing.failures`)
     attempts: int = 2  # times that a failed rollout is tried in all (retry, minimum_group)
     pause_s: float = 0.5  # before it is tried again; doubles with every attempt
-    max_failed_share: float = 0.05  # of the rollouts of a shard or an iteration that may fail for good
-    min_group: int = 2  # rollouts that a group must keep to be learned from (minimum_group)
+    max_failed_share: float = 0.05  # of a shard's, an iteration's or a sweep's rollouts may fail for good (retry)
+    min_group: int = 2  # rollouts that a group must keep, and rewards it must have, to be used (minimum_group)
     max_score_errors: float = 0.5  # share of an iteration's scores that may fail
     worker_attempts: int = 4  # workers that may die over the same episodes before these are given up

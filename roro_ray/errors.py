@@ -38,6 +38,14 @@ class EngineUnavailableError(EngineError):
     """The model's process died, is loading or cannot be reached: another replica or model may still answer."""
 
 
+class RolloutError(EngineError):
+    """More rollouts failed for good than the failure policy bears."""
+
+
+class ScoreError(RoroError, RuntimeError):
+    """More scores of an iteration failed than the settings allow."""
+
+
 class TrainingError(RoroError, RuntimeError):
     """A training failed more often than it may be restarted, or ended without a result."""
 

@@ -2,25 +2,24 @@
 
 The plan follows from the settings alone, so each shard has one name and one content. A shard is written when all its
 episodes are over, whole or not at all; a collection that was killed runs the shards that are missing, and so loses no
-trajectory and doubles none.
+trajectory and doubles none. Rollouts that failed are tried again, and those lost for good left out and counted, as the
+settings under `faults` say.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from roro_ray.config import Config
 from roro_ray.data.sources import make_queries_of, make_stage_queries, suite_names
 from roro_ray.data.store import finished_shards, remove_leftovers, save_trajectories
-from roro_ray.errors import EngineError
 from roro_ray.routing.episode import EpisodeFailure, EpisodeSpec
+from roro_ray.routing.failures import RunSpecs, SteadyRun, Tally, make_policy
 from roro_ray.types import Query, Trajectory
 
-RunSpecs = Callable[[Sequence[EpisodeSpec]], list[Trajectory | EpisodeFailure]]
-# Above this share of failed rollouts in a shard something is broken, and a shard with holes would hide it.
-_MAX_FAILED_SHARE = 0.05
 _SEED_STRIDE = 10_000
 
 
@@ -34,9 +33,11 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class CollectionFacts:
-    """What a collection did: trajectories now on disk, of these made by this call, rollouts that failed, and why.
+    """What a collection did: trajectories now on disk, of these made by this call, rollouts lost for good, and why.
 
-    `unscored` counts the trajectories made now whose answer could not be checked, `first_unscored` says why.
+    `unscored` counts the trajectories made now whose answer could not be checked, `first_unscored` says why. `tally`
+    counts this call's rollouts and tries, `groups` its queries, `small_groups` those that were left out whole because
+    too few of their rollouts were left.
     """
 
     trajectories: int
@@ -45,6 +46,9 @@ class CollectionFacts:
     first_error: str | None
     unscored: int = 0
     first_unscored: str | None = None
+    tally: Tally = field(default_factory=Tally)
+    groups: int = 0
+    small_groups: int = 0
 
 
 def training_queries(config: Config) -> list[Query]:
@@ -74,28 +78,51 @@ def collect(
         on_progress: told how many episodes of the whole plan are over.
 
     Raises:
-        EngineError: too many rollouts of a shard failed; finished shards stay.
-        DataError: a shard in the directory is damaged.
+        RolloutError: more rollouts of a shard failed than the policy bears; finished shards stay.
+        DataError: a shard in the directory is damaged, or the disk is full.
     """
     directory.mkdir(parents=True, exist_ok=True)
     remove_leftovers(directory)
     finished = finished_shards(directory)
     shards = plan_shards(config)
     over = sum(len(shard.specs) for shard in shards if shard.name in finished)
-    total, made, failures, unscored = sum(finished.values()), 0, list[EpisodeFailure](), list[str]()
+    policy = make_policy(config.faults)
+    run = SteadyRun(run_specs, policy, "collect")
+    made, queries, small, failures, unscored = 0, 0, 0, list[EpisodeFailure](), list[str]()
     on_progress(over)
     for shard in shards:
         if shard.name in finished:
             continue
-        trajectories, failed = _run_shard(shard, run_specs)
+        results = run(shard.specs, f"collect, shard {shard.name}")
+        trajectories, left_out = _keep_groups(shard.specs, results, policy.least_group)
         save_trajectories(directory / f"{shard.name}.parquet", trajectories)
-        made += len(trajectories)
-        failures += failed
+        made, small = made + len(trajectories), small + left_out
+        queries += len({spec.query.id for spec in shard.specs})
+        failures += [result for result in results if isinstance(result, EpisodeFailure)]
         unscored += [f"{t.id}: {t.error or 'no gold answer'}" for t in trajectories if t.correct is None]
         over += len(shard.specs)
         on_progress(over)
-    first_error, first_unscored = failures[0].error if failures else None, unscored[0] if unscored else None
-    return CollectionFacts(total + made, made, len(failures), first_error, len(unscored), first_unscored)
+    return CollectionFacts(
+        trajectories=sum(finished.values()) + made,
+        made=made,
+        failed=len(failures),
+        first_error=failures[0].error if failures else None,
+        unscored=len(unscored),
+        first_unscored=unscored[0] if unscored else None,
+        tally=run.tally,
+        groups=queries,
+        small_groups=small,
+    )
+
+
+def _keep_groups(
+    specs: Sequence[EpisodeSpec], results: Sequence[Trajectory | EpisodeFailure], least: int
+) -> tuple[list[Trajectory], int]:
+    """The trajectories of queries that lost no rollout or have `least` left, and how many queries are left out."""
+    left = Counter(s.query.id for s, result in zip(specs, results, strict=True) if isinstance(result, Trajectory))
+    hurt = {s.query.id for s, result in zip(specs, results, strict=True) if isinstance(result, EpisodeFailure)}
+    small = {query for query in hurt if left[query] < least}
+    return [t for t in results if isinstance(t, Trajectory) and t.query_id not in small], len(small)
 
 
 def _query_specs(query: Query, config: Config) -> list[EpisodeSpec]:
@@ -104,18 +131,3 @@ def _query_specs(query: Query, config: Config) -> list[EpisodeSpec]:
         for strategy in config.collect.strategies
         for rollout in range(config.collect.rollouts)
     ]
-
-
-def _run_shard(shard: Shard, run_specs: RunSpecs) -> tuple[list[Trajectory], list[EpisodeFailure]]:
-    results = run_specs(shard.specs)
-    again = [spec for spec, result in zip(shard.specs, results, strict=True) if isinstance(result, EpisodeFailure)]
-    # Once more: a rollout fails with its worker, and the worker is back by now.
-    second = dict(zip((spec.id for spec in again), run_specs(again) if again else [], strict=True))
-    results = [second.get(spec.id, result) for spec, result in zip(shard.specs, results, strict=True)]
-    failed = [result for result in results if isinstance(result, EpisodeFailure)]
-    if len(failed) > _MAX_FAILED_SHARE * len(results):
-        raise EngineError(
-            f"collect: {len(failed)} of {len(results)} rollouts of shard {shard.name} failed twice; the first: "
-            f"{failed[0].spec_id}: {failed[0].error}. Mend the cause and run again: finished shards are kept."
-        )
-    return [result for result in results if isinstance(result, Trajectory)], failed

@@ -19,6 +19,7 @@ from roro_ray.config import Config
 from roro_ray.learning.router_plan import make_plan
 from roro_ray.learning.router_rewards import Rollouts, Score, collect_rollouts, score_rollouts
 from roro_ray.routing.episode import EpisodeFailure, EpisodeSpec
+from roro_ray.routing.failures import SteadyRun, make_policy
 from roro_ray.types import Query, Trajectory, Verdict
 
 Run = Callable[[Sequence[EpisodeSpec], int], Sequence[Trajectory | EpisodeFailure]]
@@ -90,10 +91,15 @@ class RolloutPipeline:
         version = acting_version(iteration, self._max_lag)
         plan = make_plan(self._queries, self._config.router, self._config.seed, iteration)
         groups = plan[self._rank :: self._world]
-        results = self._run([spec for group in groups for spec in group.specs], version) if groups else []
-        return collect_rollouts(groups, results, version), version, time.perf_counter() - started
+        run = SteadyRun(
+            lambda specs: self._run(specs, version), make_policy(self._config.faults), f"iteration {iteration + 1}"
+        )
+        results = run([spec for group in groups for spec in group.specs])
+        return collect_rollouts(groups, results, version, run.tally), version, time.perf_counter() - started
 
     def _judge(self, rollouts: Rollouts, version: int, rollout_s: float) -> ScoredBatch:
         started = time.perf_counter()
-        verdicts = score_rollouts(rollouts, self._score if self._config.router.beta else None)
+        verdicts = score_rollouts(
+            rollouts, self._score if self._config.router.beta else None, self._config.faults.max_score_errors
+        )
         return ScoredBatch(version, rollouts, verdicts, rollout_s, time.perf_counter() - started)

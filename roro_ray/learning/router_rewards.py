@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -14,13 +15,18 @@ import torch
 from torch import Tensor
 
 from roro_ray.config import RouterConfig
-from roro_ray.errors import RoroError
+from roro_ray.errors import RoroError, ScoreError
 from roro_ray.learning.grpo import CONSTANT_SPREAD, EmptyBatchWarning, count_groups, make_advantages
 from roro_ray.learning.router_plan import GroupPlan
 from roro_ray.reward.combine import combine_reward, step_advantages
 from roro_ray.routing.episode import EpisodeFailure
+from roro_ray.routing.failures import Tally
 from roro_ray.types import Query, Trajectory, Verdict
 
+_COUNTS = (
+    *("rollouts", "failed_tries", "retried", "failed", "stale", "episodes", "learned", "dropped"),
+    *("dropped_errors", "unscored", "groups", "small_groups", "constant_groups"),
+)
 Score = Callable[[Sequence[Query], Sequence[Sequence[Trajectory]]], Sequence[Sequence[Verdict]]]
 
 
@@ -28,7 +34,7 @@ Score = Callable[[Sequence[Query], Sequence[Sequence[Trajectory]]], Sequence[Seq
 class Rollouts:
     """The trajectories of some groups, in one list, with the group of each; failures are counted, not kept.
 
-    `stale` counts trajectories that another version of the router decided than was asked for.
+    `stale` counts trajectories that another version of the router decided than was asked for; `tally` the tries.
     """
 
     groups: tuple[GroupPlan, ...]
@@ -36,7 +42,7 @@ class Rollouts:
     group_of: tuple[int, ...]  # position in `groups`
     failures: tuple[str, ...] = ()
     stale: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
+    tally: Tally = field(default_factory=Tally)
 
     @property
     def queries(self) -> list[Query]:
@@ -55,9 +61,15 @@ class Advantages:
 
 
 def collect_rollouts(
-    groups: Sequence[GroupPlan], results: Sequence[Trajectory | EpisodeFailure], version: int
+    groups: Sequence[GroupPlan],
+    results: Sequence[Trajectory | EpisodeFailure],
+    version: int,
+    tally: Tally | None = None,
 ) -> Rollouts:
     """Sort the results (in the order of the groups' specs) into trajectories, failures and stale ones.
+
+    Args:
+        tally: of the tries behind the results; None: there was one of each.
 
     Raises:
         RoroError: no rollout is left; the first failure is told.
@@ -81,11 +93,19 @@ def collect_rollouts(
             f"{stale} were made by another version of the router than {version}: nothing is left to learn from. Look "
             "at the models and at episode.timeout_s."
         )
-    return Rollouts(tuple(groups), tuple(trajectories), tuple(group_of), tuple(failures), stale)
+    tally = tally or Tally(rollouts=len(results), failed_tries=len(failures), failed=len(failures))
+    return Rollouts(tuple(groups), tuple(trajectories), tuple(group_of), tuple(failures), stale, tally)
 
 
-def score_rollouts(rollouts: Rollouts, score: Score | None) -> list[Verdict | None]:
-    """The Judge's verdict on each trajectory, None for all of them where there is no Judge."""
+def score_rollouts(rollouts: Rollouts, score: Score | None, max_errors: float = 1.0) -> list[Verdict | None]:
+    """The Judge's verdict on each trajectory, None for all of them where there is no Judge.
+
+    Args:
+        max_errors: share of the verdicts that may be errors (`faults.max_score_errors`).
+
+    Raises:
+        ScoreError: more are; the first is told.
+    """
     if score is None or not rollouts.trajectories:
         return [None] * len(rollouts.trajectories)
     present = sorted(set(rollouts.group_of))
@@ -98,23 +118,52 @@ def score_rollouts(rollouts: Rollouts, score: Score | None) -> list[Verdict | No
     for group, of_group in zip(present, scored, strict=True):
         for index, verdict in zip(members[group], of_group, strict=True):
             verdicts[index] = verdict
+    _check_errors(rollouts, verdicts, max_errors)
     return verdicts
 
 
-def weigh_rollouts(rollouts: Rollouts, verdicts: Sequence[Verdict | None], config: RouterConfig) -> Advantages:
-    """Rewards, advantages and the sums behind the metrics; rows without a reward and constant groups are left out."""
+def _check_errors(rollouts: Rollouts, verdicts: Sequence[Verdict | None], most: float) -> None:
+    errors = [
+        f"{trajectory.id}: {verdict.error or f'the score is {verdict.score}'}"
+        for trajectory, verdict in zip(rollouts.trajectories, verdicts, strict=True)
+        if verdict is not None and not _is_scored(verdict)
+    ]
+    if len(errors) > most * len(verdicts):
+        raise ScoreError(
+            f"{len(errors)} of {len(verdicts)} scores of an iteration failed, expected at most a share of {most:g} "
+            f"(faults.max_score_errors); the first: {errors[0]}. A router that learned from the rest would learn from "
+            "what happens to be scored. Look at the reward service, then run again: training goes on from its last "
+            "checkpoint."
+        )
+
+
+def _is_scored(verdict: Verdict) -> bool:
+    return verdict.error is None and math.isfinite(verdict.score)
+
+
+def weigh_rollouts(
+    rollouts: Rollouts, verdicts: Sequence[Verdict | None], config: RouterConfig, least_group: int = 2
+) -> Advantages:
+    """Rewards, advantages and the sums behind the metrics.
+
+    Rows without a reward and constant groups are left out, and whole groups of which fewer than `least_group` rollouts
+    have one (the failure policy's minimum).
+    """
     rewards = [
         combine_reward(trajectory, verdict, rollouts.groups[group].cost_weight, config.beta)
         for trajectory, verdict, group in zip(rollouts.trajectories, verdicts, rollouts.group_of, strict=True)
     ]
     rewards_B = torch.tensor([math.nan if reward is None else reward for reward in rewards], dtype=torch.float64)
     group_ids_B = torch.tensor(rollouts.group_of, dtype=torch.int64)
+    small = _find_small(rollouts, rewards, least_group)
+    used_B = torch.tensor([group not in small for group in rollouts.group_of], dtype=torch.bool)
+    usable_B = torch.where(used_B, rewards_B, math.nan)
     with warnings.catch_warnings():  # whether the whole batch is empty is known only after every rank has spoken
         warnings.simplefilter("ignore", EmptyBatchWarning)
-        advantages_B, kept_B = make_advantages(rewards_B, group_ids_B, config.normalisation)
+        advantages_B, kept_B = make_advantages(usable_B, group_ids_B, config.normalisation)
     if config.credit == "step":
         values = _step_values(rollouts, verdicts, config)
-        kept = [i for i, value in enumerate(values) if any(abs(each) > CONSTANT_SPREAD for each in value)]
+        kept = [i for i, v in enumerate(values) if used_B[i] and any(abs(each) > CONSTANT_SPREAD for each in v)]
     else:
         kept = [int(i) for i in kept_B.nonzero().flatten()]
         values = [(float(a),) * len(t.steps) for a, t in zip(advantages_B, rollouts.trajectories, strict=True)]
@@ -124,8 +173,17 @@ def weigh_rollouts(rollouts: Rollouts, verdicts: Sequence[Verdict | None], confi
         [queries[i] for i in kept],
         [rollouts.trajectories[i] for i in kept],
         [values[i] for i in kept],
-        _make_sums(rollouts, verdicts, rewards_B, group_ids_B, len(kept)),
+        _make_sums(rollouts, verdicts, rewards_B, group_ids_B, used_B)
+        | {"small_groups": float(len(small)), "learned": float(len(kept))}
+        | {"dropped": float(len(rollouts.trajectories) - len(kept))},
     )
+
+
+def _find_small(rollouts: Rollouts, rewards: Sequence[float | None], least: int) -> set[int]:
+    """The groups that lost rollouts or rewards and have fewer than `least` left."""
+    left = Counter(group for group, reward in zip(rollouts.group_of, rewards, strict=True) if reward is not None)
+    planned = {position: len(group.specs) for position, group in enumerate(rollouts.groups)}
+    return {position for position, size in planned.items() if left[position] < min(least, size)}
 
 
 def _step_values(
@@ -144,13 +202,12 @@ def _step_values(
 
 
 def _make_sums(
-    rollouts: Rollouts, verdicts: Sequence[Verdict | None], rewards_B: Tensor, group_ids_B: Tensor, kept: int
+    rollouts: Rollouts, verdicts: Sequence[Verdict | None], rewards_B: Tensor, group_ids_B: Tensor, used_B: Tensor
 ) -> dict[str, float]:
     """Sums and counts that ranks can add up; `finish_metrics` divides them."""
-    counts = count_groups(rewards_B, group_ids_B)
     valid_B = ~rewards_B.isnan()
-    scored = [v.score for v in verdicts if v is not None and v.error is None and math.isfinite(v.score)]
-    trajectories = rollouts.trajectories
+    scored = [v.score for v in verdicts if v is not None and _is_scored(v)]
+    trajectories, tally = rollouts.trajectories, rollouts.tally
     return {
         "episodes": float(len(trajectories)),
         "rewarded": float(valid_B.sum()),
@@ -161,12 +218,14 @@ def _make_sums(
         "scored": float(len(scored)),
         "process": sum(scored),
         "unscored": float(sum(v is not None for v in verdicts) - len(scored)),
+        "rollouts": float(tally.rollouts),
+        "failed_tries": float(tally.failed_tries),
+        "retried": float(tally.retried),
         "failed": float(len(rollouts.failures)),
         "stale": float(rollouts.stale),
-        "dropped": float(len(trajectories) - kept),
-        "dropped_errors": float(counts.error_rows),
-        "constant_groups": float(counts.constant_groups),
-        "learned": float(kept),
+        "groups": float(len(rollouts.groups)),
+        "dropped_errors": float((~valid_B).sum()),
+        "constant_groups": float(count_groups(rewards_B[used_B], group_ids_B[used_B]).constant_groups),
     }
 
 
@@ -183,5 +242,4 @@ def finish_metrics(sums: dict[str, float]) -> dict[str, float]:
         "steps": mean("steps", "episodes"),
         "process": mean("process", "scored"),
     }
-    counts = ("episodes", "learned", "dropped", "dropped_errors", "constant_groups", "unscored", "failed", "stale")
-    return metrics | {name: sums[name] for name in counts}
+    return metrics | {name: sums[name] for name in _COUNTS}

@@ -27,6 +27,7 @@ from roro_ray.learning.grpo import EmptyBatchWarning, LossInputs, make_denominat
 from roro_ray.learning.lag import correct_lag
 from roro_ray.learning.router_pipeline import RolloutPipeline, Run, ScoredBatch
 from roro_ray.learning.router_rewards import Advantages, Score, finish_metrics, weigh_rollouts
+from roro_ray.routing.failures import make_policy
 from roro_ray.routing.router import RouterNetwork, copy_router, fill_router
 from roro_ray.routing.router_batch import RouterBatch, encode_trajectories, score_decisions
 from roro_ray.types import Query
@@ -111,7 +112,9 @@ class RouterTrainer:
         lag = self.iteration - batch.version
         assert 0 <= lag <= self.config.router.max_lag, f"rollouts lag {lag} versions"
         clock = time.perf_counter()
-        weighed = weigh_rollouts(batch.rollouts, batch.verdicts, self.config.router)
+        weighed = weigh_rollouts(
+            batch.rollouts, batch.verdicts, self.config.router, make_policy(self.config.faults).least_group
+        )
         learned = self._update(weighed, batch.version)
         learn_s = time.perf_counter() - clock
         clock = time.perf_counter()
