@@ -104,13 +104,15 @@ def running_ray() -> Iterator[tuple[Path, dict[str, str], str]]:
         dashboard, *ports = free_ports(6)
         agent = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port")
         names = ("port", "ray-client-server-port", "metrics-export-port", *agent)
-        environment = {**clean_environment(temp_dir), "RAY_AUTH_MODE": "disabled"}
+        patient = {"RAY_raylet_start_wait_time_s": "120"}  # on a machine that does much else; the default is 30
+        environment = {**clean_environment(temp_dir), "RAY_AUTH_MODE": "disabled", **patient}
         options = [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]
         command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=4", f"--temp-dir={temp_dir}"]
         command += ["--node-ip-address=127.0.0.1", "--object-store-memory=209715200", f"--dashboard-port={dashboard}"]
         with (temp_dir / "ray.log").open("w") as log:
             head = subprocess.Popen([*command, *options], env=environment, stdout=log, stderr=log)
         try:
+            wait_for_text("Ray runtime started", head, temp_dir / "ray.log")
             wait_for_port(dashboard, head, temp_dir / "ray.log")
             yield temp_dir, environment, f"http://127.0.0.1:{dashboard}"
         finally:
@@ -141,3 +143,11 @@ def wait_for_port(port: int, process: subprocess.Popen[bytes], log: Path, timeou
                 return
         time.sleep(0.2)
     raise AssertionError(f"nobody listens on port {port}:\n{log.read_text()[-2000:]}")
+
+
+def wait_for_text(text: str, process: subprocess.Popen[bytes], log: Path, timeout_s: float = 150) -> None:
+    """Wait until a process has written a text to its log, as long as it lives."""
+    deadline = time.monotonic() + timeout_s
+    while text not in log.read_text(errors="replace"):
+        assert time.monotonic() < deadline and process.poll() is None, f"no {text!r} in:\n{log.read_text()[-2000:]}"
+        time.sleep(0.2)
