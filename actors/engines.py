@@ -16,6 +16,8 @@ from typing import Any
 import ray
 
 from actors.adapters import Parcel, install
+from actors.placement import bundle_options, role_bundle
+from actors.resources import Bundle
 from actors.waiting import wait_async
 from roro_ray.config import Config, ModelConfig, PoolConfig
 from roro_ray.engines.protocol import ChoiceScores, Engine, EngineFacts, StepRequest, StepResult
@@ -192,6 +194,11 @@ def gathers(model: ModelConfig) -> bool:
     return model.engine == "hf"
 
 
+def engine_bundle(config: Config, model: ModelConfig) -> Bundle:
+    """What the actor of a model of the pool asks of its node."""
+    return role_bundle(config, model.name, config.ray.engine_cpus, count_gpus(model, config.ray))
+
+
 def start_engines(config: Config, make: MakeEngine = make_model_engine) -> tuple[RemoteEngine, ...]:
     """One actor per model of the pool, cheap to dear; they load when first asked whether they are ready.
 
@@ -201,8 +208,7 @@ def start_engines(config: Config, make: MakeEngine = make_model_engine) -> tuple
     before: tuple[Any, ...] = ()
     for model in config.pool.models:
         actor = ray.remote(EngineActor).options(
-            num_cpus=config.ray.engine_cpus,
-            num_gpus=count_gpus(model, config.ray),
+            **bundle_options(engine_bundle(config, model)),
             max_restarts=-1,
             max_task_retries=3,
             max_concurrency=MOST_REQUESTS,

@@ -19,10 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from actors.capacity import wait_for_resources
+from actors.placement import make_scaling, role_bundle
 from actors.publish import BoardClient
+from actors.resources import Bundle
 from actors.reward_service import RewardClient
 from actors.rollout import RolloutPool
-from actors.waiting import Bundle, wait_for_resources
 from roro_ray.config import Config
 from roro_ray.errors import CheckpointError, ConfigError, DataError, DeadlineError, RoroError, TrainingError
 from roro_ray.learning.router_run import RouterRun, check_resumable, load_finished, make_train_queries
@@ -95,8 +97,8 @@ def train_router(
     if finished is not None:
         return TrainResult(router_dir, finished.metrics, finished.snapshots)
     check_resumable(router_dir, config)
-    bundles: list[Bundle] = [_rank_resources(config)] * config.router.workers
-    wait_for_resources(bundles, f"router training {name!r}", config.ray.timeout_s, config.ray.autoscaler)
+    bundles = [_rank_bundle(config)] * config.router.workers
+    wait_for_resources(bundles, f"router training {name!r}", config.ray)
     drawn = tuple(queries if queries is not None else make_train_queries(config))
     channel = f"{name}-{uuid.uuid4().hex[:8]}"
     router_dir.mkdir(parents=True, exist_ok=True)
@@ -109,9 +111,8 @@ def train_router(
     return TrainResult(router_dir, finished.metrics, finished.snapshots, restarts)
 
 
-def _rank_resources(config: Config) -> Bundle:
-    resources = {"CPU": config.ray.learner_cpus}
-    return resources | ({"GPU": config.ray.learner_gpus} if config.ray.learner_gpus else {})
+def _rank_bundle(config: Config) -> Bundle:
+    return role_bundle(config, "learner", config.ray.learner_cpus, config.ray.learner_gpus)
 
 
 class _Watch:
@@ -172,21 +173,16 @@ class _Watch:
         return bool(messages)
 
     def _fit(self) -> None:
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train import FailureConfig, RunConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
         config = self._job.config
-        resources = _rank_resources(config)
         try:
             TorchTrainer(
                 train_loop,
                 train_loop_config={"job": self._job},
                 torch_config=TorchConfig(timeout_s=int(config.episode.timeout_s + config.reward.timeout_s + _START_S)),
-                scaling_config=ScalingConfig(
-                    num_workers=config.router.workers,
-                    use_gpu=config.ray.learner_gpus > 0,
-                    resources_per_worker=resources,
-                ),
+                scaling_config=make_scaling(_rank_bundle(config), config.router.workers),
                 run_config=RunConfig(
                     name=self._job.channel,  # never used before: resuming is our checkpoints' business
                     storage_path=str(Path(self._job.router_dir) / _TRAIN_STORAGE),

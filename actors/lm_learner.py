@@ -20,10 +20,12 @@ from typing import Any
 
 import ray
 
+from actors.capacity import wait_for_resources
 from actors.command_board import CommandBoard, GroupFacts
 from actors.lm_worker import POLL_S, LmJob, Stop, serve_commands
-from actors.waiting import Bundle, wait_for_resources
-from roro_ray.config import Config, LoraConfig
+from actors.placement import make_scaling, role_bundle
+from actors.resources import Bundle
+from roro_ray.config import Config
 from roro_ray.errors import ConfigError, DeadlineError, RoroError, TrainingError
 from roro_ray.learning.adapter_files import AdapterVersion
 from roro_ray.learning.lm_run import GrpoUpdate, Publish, Result, check_resumable, plan_sft
@@ -41,8 +43,9 @@ _TRAIN_STORAGE = "ray_train"
 class LmLearner:
     """The driver's handle of the group, an `AdapterLearner`; make it with `start`. Calls come from one thread."""
 
-    def __init__(self, job: LmJob) -> None:
+    def __init__(self, job: LmJob, bundle: Bundle) -> None:
         self._job = job
+        self._bundle = bundle  # of each worker
         self._versions: dict[str, int] = {}
         self._failure: BaseException | None = None
         self._starts = 0
@@ -71,11 +74,11 @@ class LmLearner:
             )
         where = Path(directory if directory is not None else Path(config.run_dir) / "adapters").resolve()
         check_resumable(lora, where, names, config.seed)
-        bundles: list[Bundle] = [_rank_resources(lora)] * lora.workers
-        wait_for_resources(bundles, "the learner of adapters", config.ray.timeout_s, config.ray.autoscaler)
+        bundle = role_bundle(config, "learner", lora.cpus, lora.gpus)
+        wait_for_resources([bundle] * lora.workers, "the learner of adapters", config.ray)
         where.mkdir(parents=True, exist_ok=True)
         board = ray.remote(CommandBoard).options(num_cpus=0).remote()
-        learner = cls(LmJob(lora, str(where), tuple(names), config.seed, board))
+        learner = cls(LmJob(lora, str(where), tuple(names), config.seed, board), bundle)
         learner._thread.start()
         try:
             learner._wait_until_up()
@@ -217,7 +220,7 @@ class LmLearner:
         ) from self._failure
 
     def _fit(self) -> None:
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train import FailureConfig, RunConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
         lora = self._job.config
@@ -226,9 +229,7 @@ class LmLearner:
                 serve_commands,
                 train_loop_config={"job": self._job},
                 torch_config=TorchConfig(timeout_s=int(lora.timeout_s)),
-                scaling_config=ScalingConfig(
-                    num_workers=lora.workers, use_gpu=lora.gpus > 0, resources_per_worker=_rank_resources(lora)
-                ),
+                scaling_config=make_scaling(self._bundle, lora.workers),
                 run_config=RunConfig(
                     name=f"adapters-{uuid.uuid4().hex[:8]}",  # never used before: resuming is our checkpoints' business
                     storage_path=str(Path(self._job.directory) / _TRAIN_STORAGE),
@@ -237,10 +238,6 @@ class LmLearner:
             ).fit()
         except Exception as error:  # the thread's border: the next call raises it in the driver
             self._failure = error
-
-
-def _rank_resources(lora: LoraConfig) -> Bundle:
-    return {"CPU": lora.cpus} | ({"GPU": lora.gpus} if lora.gpus else {})
 
 
 def _last_line(error: BaseException) -> str:

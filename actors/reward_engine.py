@@ -13,8 +13,10 @@ from typing import Any
 import ray
 
 from actors.adapters import deliver
+from actors.capacity import wait_for_resources
 from actors.engines import MOST_REQUESTS, EngineActor, MakeEngine, RemoteEngine, gathers, make_model_engine
-from actors.waiting import wait_for, wait_for_resources
+from actors.placement import bundle_options, role_bundle
+from actors.waiting import wait_for
 from roro_ray.config import Config, ModelConfig, PoolConfig
 from roro_ray.engines.protocol import Engine
 from roro_ray.learning.adapter_files import AdapterVersion
@@ -30,10 +32,9 @@ def open_model(config: Config, model: ModelConfig, make: MakeEngine = make_model
         EngineError: the model does not load.
     """
     gpus = model.gpus or config.ray.engine_gpus  # of the actor, however many share one copy of the weights
-    bundle = {"CPU": config.ray.engine_cpus, "GPU": gpus}
-    wait_for_resources([bundle], f"model {model.name}", config.ray.timeout_s, config.ray.autoscaler)
-    options = {"num_cpus": config.ray.engine_cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 3}
-    options["max_concurrency"] = MOST_REQUESTS
+    bundle = role_bundle(config, model.name, config.ray.engine_cpus, gpus)
+    wait_for_resources([bundle], f"model {model.name}", config.ray)
+    options = bundle_options(bundle) | {"max_restarts": -1, "max_task_retries": 3, "max_concurrency": MOST_REQUESTS}
     # The pool's settings of memory and batches, and this model alone.
     pool = PoolConfig([model], config.pool.batch_size, config.pool.memo_entries, config.pool.cache_mb)
     actor = ray.remote(EngineActor).options(**options).remote(partial(make, model, pool))

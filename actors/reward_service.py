@@ -21,7 +21,9 @@ from typing import Any
 
 import ray
 
-from actors.waiting import wait_for, wait_for_resources
+from actors.capacity import wait_for_resources
+from actors.placement import bundle_options, role_bundle
+from actors.waiting import wait_for
 from roro_ray.config import Config, RewardConfig
 from roro_ray.errors import ConfigError, DeadlineError, QueueFullError, did_you_mean
 from roro_ray.types import Query, Rubric, Trajectory, Verdict
@@ -222,11 +224,9 @@ class RewardClient:
 
             reward = resolve_reward(config)
             gpus = gpus or reward.engine.gpus
-        bundle = {"CPU": settings.reward_cpus, "GPU": gpus}
-        wait_for_resources([bundle], "the reward service", settings.timeout_s, settings.autoscaler)
-        actor = ray.remote(RewardService).options(
-            num_cpus=settings.reward_cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=2
-        )
+        bundle = role_bundle(config, "reward", settings.reward_cpus, gpus)
+        wait_for_resources([bundle], "the reward service", settings)
+        actor = ray.remote(RewardService).options(**bundle_options(bundle), max_restarts=-1, max_task_retries=2)
         place = None if directory is None else str(Path(directory).resolve())
         handle = actor.remote(place, reward, config.seed, load)
         try:

@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from actors.capacity import wait_for_resources
 from actors.dispatch import Dispatch, Progress
-from actors.engines import gathers, start_engines
+from actors.engines import engine_bundle, gathers, start_engines
+from actors.placement import bundle_options, role_bundle
 from actors.publish import CHANNEL, BoardClient, Weights
-from actors.waiting import Bundle, wait_async, wait_for, wait_for_resources
+from actors.resources import Bundle
+from actors.waiting import wait_async, wait_for
 from roro_ray.config import Config
 from roro_ray.engines.protocol import Engine, EngineFacts
-from roro_ray.gpu_checks import count_gpus
 from roro_ray.routing.episode import EpisodeFailure, EpisodeSpec
 from roro_ray.types import Query, Trajectory
 
@@ -167,16 +169,14 @@ class RolloutPool:
         """
         settings = config.ray
         bundles = pool_bundles(config)
-        wait_for_resources(bundles, "the rollout pool", settings.timeout_s, settings.autoscaler)
+        wait_for_resources(bundles, "the rollout pool", settings)
         engines = start_engines(config) if config.pool.placement == "actors" else ()
-        options: dict[str, Any] = {
-            "num_cpus": settings.worker_cpus,
-            "num_gpus": settings.worker_gpus,
-            "max_restarts": -1,
-            "max_task_retries": 0,  # `Dispatch` retries elsewhere, without waiting for the restart
-            "scheduling_strategy": "SPREAD",
-        }
-        actor = ray.remote(RolloutWorker).options(**options)
+        actor = ray.remote(RolloutWorker).options(
+            **bundle_options(worker_bundle(config)),
+            max_restarts=-1,
+            max_task_retries=0,  # `Dispatch` retries elsewhere, without waiting for the restart
+            scheduling_strategy="SPREAD",
+        )
         workers = tuple(actor.remote(config, engines, make) for _ in range(settings.workers))
         board = BoardClient.start()
         try:
@@ -229,10 +229,12 @@ class RolloutPool:
 
 def pool_bundles(config: Config) -> list[Bundle]:
     """What the rollout pool asks of the cluster, one bundle an actor."""
-    settings = config.ray
-    bundles: list[Bundle] = [{"CPU": settings.worker_cpus, "GPU": settings.worker_gpus}] * settings.workers
+    bundles = [worker_bundle(config)] * config.ray.workers
     if config.pool.placement == "actors":
-        bundles += [
-            {"CPU": settings.engine_cpus, "GPU": count_gpus(model, settings)} for model in config.pool.models
-        ]
+        bundles += [engine_bundle(config, model) for model in config.pool.models]
     return bundles
+
+
+def worker_bundle(config: Config) -> Bundle:
+    """What one rollout worker asks of its node."""
+    return role_bundle(config, "rollout", config.ray.worker_cpus, config.ray.worker_gpus)

@@ -10,9 +10,9 @@ import pytest
 import ray
 
 from actors.cluster import open_cluster
-from actors.waiting import check_resources, describe_actor, has_autoscaler, wait_async, wait_for, wait_for_resources
+from actors.waiting import describe_actor, wait_async, wait_for
 from roro_ray.config import RayConfig
-from roro_ray.errors import DeadlineError, QueueFullError, ResourceError
+from roro_ray.errors import DeadlineError, QueueFullError
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
@@ -80,35 +80,6 @@ def test_a_dead_actor_is_described(sleeper: Any) -> None:
     with pytest.raises(ray.exceptions.RayActorError):
         wait_for(sleeper.sleep.remote(0), "a dead actor", 20)
     assert "DEAD" in describe_actor(sleeper)
-
-
-@pytest.mark.parametrize(
-    ("bundles", "told"),
-    [
-        ([{"CPU": 64.0}], r"its parts asks for CPU 64, more than any node has.*cluster has CPU 4"),
-        ([{"CPU": 0.5}] * 20, r"it asks for CPU 10 in 20 parts.*cluster has CPU 4"),
-        ([{"CPU": 0.5, "GPU": 1.0}], r"asks for CPU 0\.5, GPU 1, more than any node has"),
-    ],
-)
-def test_what_can_never_fit_fails_at_once(bundles: list[dict[str, float]], told: str) -> None:
-    started = time.monotonic()
-    with pytest.raises(ResourceError, match=told):
-        wait_for_resources(bundles, "the test", 30.0)
-    assert time.monotonic() - started < 1.0
-    check_resources(bundles, "the test", autoscaler=True)  # a cluster that can grow may yet have it
-
-
-def test_what_fits_later_is_waited_for(sleeper: Any) -> None:
-    holder = ray.remote(Sleeper).options(num_cpus=3.5).remote()
-    wait_for(holder.sleep.remote(0), "start", 20)
-    with pytest.raises(ResourceError, match=r"waited 0\.3 s for CPU 2; free are CPU 0\.5 of CPU 4"):
-        wait_for_resources([{"CPU": 1.0}] * 2, "the test", 0.3)
-    ray.kill(holder)
-    wait_for_resources([{"CPU": 1.0}] * 2, "the test", 20.0)
-
-
-def test_a_local_cluster_is_not_taken_for_an_autoscaled_one() -> None:
-    assert not has_autoscaler()
 
 
 def test_a_cluster_in_use_is_joined_and_left_running() -> None:

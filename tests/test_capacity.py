@@ -1,0 +1,62 @@
+"""What can never fit fails at once with asked and available; what may is waited for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+
+from actors.capacity import check_resources, has_autoscaler, wait_for_resources
+from actors.placement import bundle_options
+from actors.resources import Bundle
+from actors.waiting import wait_for
+from roro_ray.config import RayConfig
+from roro_ray.errors import ResourceError
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
+
+
+class Holder:
+    """Holds what it asked for."""
+
+    def here(self) -> str:
+        return str(ray.get_runtime_context().get_node_id())
+
+
+@pytest.fixture
+def holder() -> Iterator[Any]:
+    """An actor with nearly all CPUs of the local cluster."""
+    handle = ray.remote(Holder).options(**bundle_options(Bundle({"CPU": 3.5}))).remote()
+    wait_for(handle.here.remote(), "start", 20)
+    yield handle
+    ray.kill(handle)
+
+
+@pytest.mark.parametrize(
+    ("bundles", "told"),
+    [
+        ([Bundle({"CPU": 64.0})], r"its parts asks for CPU 64, more than any node has.*cluster has CPU 4"),
+        ([Bundle({"CPU": 0.5})] * 20, r"it asks for CPU 10 in 20 parts.*cluster has CPU 4"),
+        ([Bundle({"CPU": 0.5, "GPU": 1.0})], r"asks for CPU 0\.5, GPU 1, more than any node has"),
+    ],
+)
+def test_what_can_never_fit_fails_at_once(bundles: list[Bundle], told: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(ResourceError, match=told):
+        wait_for_resources(bundles, "the test", RayConfig(timeout_s=30.0))
+    assert time.monotonic() - started < 20.0, "it did not wait"
+    check_resources(bundles, "the test", RayConfig(autoscaler=True))  # a cluster that can grow may yet have it
+
+
+def test_what_fits_later_is_waited_for(holder: Any) -> None:
+    with pytest.raises(ResourceError, match=r"waited 0\.3 s for CPU 2; free are CPU 0\.5 of CPU 4"):
+        wait_for_resources([Bundle({"CPU": 1.0})] * 2, "the test", RayConfig(timeout_s=0.3))
+    ray.kill(holder)
+    wait_for_resources([Bundle({"CPU": 1.0})] * 2, "the test", RayConfig(timeout_s=20.0))
+
+
+def test_a_local_cluster_is_not_taken_for_an_autoscaled_one() -> None:
+    assert not has_autoscaler()
