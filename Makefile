@@ -8,6 +8,8 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 ARGS ?=
 FUZZ_CASES ?= 10000
+# Processes that share the tests, a file at a time; each may start a Ray of its own (1 to 2 GiB).
+TEST_JOBS ?= 2
 
 # One thread per process: several processes share the cores, and OpenMP's busy waiting makes them 10 to 100x slower.
 export OMP_NUM_THREADS ?= 1
@@ -54,8 +56,8 @@ serve: $(STAMP)  ## the newest run's router as an OpenAI endpoint on loopback, w
 calibrate: $(STAMP)  ## measure what each cost weight gives (ARGS="run_dir=runs/NAME"); make demo does it too
 	$(BIN)/python -m jobs.calibrate $(ARGS)
 
-test: $(STAMP)  ## all tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP)  ## all tests (TEST_JOBS=1: one after another)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(ARGS)
 
 test-fast: $(STAMP)  ## tests that start no other process
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
