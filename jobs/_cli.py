@@ -28,7 +28,7 @@ from jobs._terminal import say, take_over_warnings
 from jobs._wandb import WandbMirror
 from roro_ray.config import Config
 from roro_ray.data.run_dir import RunDir, open_run, saved_config
-from roro_ray.errors import RoroError
+from roro_ray.errors import ConfigError, RoroError
 from roro_ray.plan import describe_plan
 from roro_ray.settings import describe_settings, load_config
 
@@ -44,6 +44,7 @@ _ENVIRONMENT = {
     "RAY_ENABLE_AUTO_CONNECT": "0",
 }
 
+_COPIES = "working_dir_files"  # the folder below which Ray unpacks working directories
 JobMain = Callable[[Config, RunDir, argparse.Namespace], None]
 
 
@@ -98,6 +99,7 @@ def _run(
         if arguments.dry_run:
             print(describe_plan(config))
             return 0
+        _check_place(config)
         with _opened_run(config, arguments.command, stop) as run:
             say(f"{parser.prog} in {run.path} ({_format_versions()})")
             began = time.monotonic()
@@ -150,6 +152,16 @@ def _end_at_once(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _check_place(config: Config) -> None:
+    """Refuse to write results where Ray deletes them: a submitted job runs in an unpacked copy of its upload."""
+    if _COPIES in Path.cwd().parts and "://" not in config.run_dir and not Path(config.run_dir).is_absolute():
+        raise ConfigError(
+            f"run_dir={config.run_dir} is relative, and this job runs in a copy of the working directory that Ray "
+            "deletes afterwards. Give an absolute path that every node sees, such as run_dir=/shared/runs/one, or a "
+            "URI such as run_dir=s3://bucket/runs/one."
+        )
 
 
 def resolve_config(overrides: Sequence[str], file: str | Path | None) -> Config:

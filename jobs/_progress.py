@@ -8,7 +8,9 @@ from tqdm import tqdm
 
 from jobs._terminal import has_terminal, say
 
-_LINE_EVERY_S = 5.0
+# Lines in a log: often at first, and in a job of hours once a minute.
+_LINE_EVERY_S = (5.0, 60.0)
+_LINE_SHARE = 0.05
 
 
 class Progress:
@@ -45,9 +47,11 @@ class Progress:
         Args:
             label: of what comes next, shown beside the bar or as a line.
         """
-        if not self._told:
+        if self._told:
+            self.move_to(done)
+        else:
             self._before, self._told = done, True
-        self.move_to(done)
+            self._count_to(done)
         if label:
             self._label = label
             self.note("")
@@ -62,17 +66,31 @@ class Progress:
 
     def move_to(self, done: int) -> None:
         """Tell how many units are done in all."""
+        count, now = self._count_to(done), time.monotonic()
+        often, seldom = _LINE_EVERY_S
+        if self._bar is None and count and now - self._last_line >= min(
+            max(often, _LINE_SHARE * (now - self._began)), seldom
+        ):
+            self._last_line = now
+            say(self.line())
+
+    def _count_to(self, done: int) -> int:
         count, self.done = done - self.done, done
         if self._bar is not None:
             self._bar.update(count)
-        elif time.monotonic() - self._last_line >= _LINE_EVERY_S:
-            self._last_line = time.monotonic()
-            say(self.line())
+        return count
 
     def line(self) -> str:
         """`collect: 320/3200 episodes (10%), 210/s, 14 s left`."""
         seconds = max(time.monotonic() - self._began, 1e-9)
         rate = (self.done - self._before) / seconds
-        left = f"{(self.total - self.done) / rate:.0f} s left" if rate > 0 else "time left unknown"
+        left = f"{_format_time((self.total - self.done) / rate)} left" if rate > 0 else "time left unknown"
         share = 100 * self.done / max(self.total, 1)
         return f"  {self.what}: {self.done}/{self.total} {self.unit} ({share:.0f}%), {rate:.3g}/s, {left}"
+
+
+def _format_time(seconds: float) -> str:
+    """`30 s`, `12 min`, `3.4 h`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

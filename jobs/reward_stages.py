@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs._cli import run_stage
+from jobs._cluster import open_ray
 from jobs._progress import Progress
 from jobs._terminal import say
 from roro_ray.config import Config
 from roro_ray.data.run_dir import RunDir, write_json
 
 if TYPE_CHECKING:
+    from jobs._faults import FaultLog
     from roro_ray.reward.pair_records import PairRecord
     from roro_ray.reward.pair_store import StoredPairs
 
@@ -36,11 +38,10 @@ def warm_stage(config: Config, run: RunDir) -> None:
         say(f"warm_start: already done in {run.path}")
         return
     run.require("make_pairs")
-    from actors.cluster import open_cluster
     from actors.lm_learner import LmLearner
 
     items = _index_items(config, run)
-    with run_stage(run, "warm_start", "Warm start with a strong LLM") as facts, open_cluster(config.ray):
+    with run_stage(run, "warm_start", "Warm start with a strong LLM") as facts, open_ray(config.ray):
         records = _write(config, run, items)
         counts = count_records(records)
         write_json(run.path / WARM / "counts.json", counts)
@@ -91,7 +92,7 @@ def find_reward(config: Config, run: RunDir) -> Path | None:
     return taught if config.reward.backend == "engine" and run.is_done("warm_start") else None
 
 
-def learn_local_reward(config: Config, run: RunDir, on_update: OnUpdate) -> dict[str, Any]:
+def learn_local_reward(config: Config, run: RunDir, on_update: OnUpdate, faults: FaultLog) -> dict[str, Any]:
     """Stage 3 with `reward.backend=local`: both models in this process; returns the summary of result.json."""
     from roro_ray.data.collection import training_queries
     from roro_ray.data.store import load_pairs, load_trajectories
@@ -108,9 +109,9 @@ def learn_local_reward(config: Config, run: RunDir, on_update: OnUpdate) -> dict
     return summary
 
 
-def learn_engine_reward(config: Config, run: RunDir, on_update: OnUpdate) -> dict[str, Any]:
+def learn_engine_reward(config: Config, run: RunDir, on_update: OnUpdate, faults: FaultLog) -> dict[str, Any]:
     """Stage 3 with `reward.backend=engine`: alternation through an engine; returns the summary of result.json."""
-    from actors.cluster import open_cluster
+    from actors.census import Census
     from actors.lm_learner import LmLearner
     from actors.reward_engine import make_deliver, open_model
     from roro_ray.engines.loading import load_tokenizer
@@ -121,11 +122,12 @@ def learn_engine_reward(config: Config, run: RunDir, on_update: OnUpdate) -> dic
     items, settings = _index_items(config, run), resolve_reward(config)
     tokenizer = load_tokenizer(settings.engine.path, settings.engine.revision)
     with (
-        open_cluster(config.ray),
+        open_ray(config.ray),
         open_model(config, settings.engine) as engine,
         LmLearner.start(config, run.path / ADAPTERS) as learner,
     ):
         reward = open_engine_reward(settings, engine=engine, deliver=make_deliver(config.lora.transport))
+        census = Census(engine=engine)
         try:
             trained, result = alternate_engine(
                 reward,
@@ -139,6 +141,7 @@ def learn_engine_reward(config: Config, run: RunDir, on_update: OnUpdate) -> dic
             )
         finally:
             reward.close()
+            faults.add({**census.total(), "learner_restarts": learner.restarts})
     summary = result.as_summary()
     write_json(run.reward / "result.json", summary)
     save_engine_reward([trained.rubricor, trained.judge], config.lora.base, run.reward / "model")

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs._cli import run_stage
+from jobs._cluster import open_ray
+from jobs._faults import count_faults
 from jobs._progress import Progress
 from jobs._terminal import say
 from roro_ray.config import Config
@@ -49,11 +51,10 @@ def import_before_threads() -> None:
 @contextmanager
 def open_pool(config: Config) -> Iterator[RolloutPool]:
     """A Ray (started here unless one is joined) and the rollout workers on it."""
-    from actors.cluster import open_cluster
     from actors.rollout import RolloutPool
 
-    say("Starting Ray and the rollout workers ...")
-    with open_cluster(config.ray):
+    with open_ray(config.ray):
+        say("Starting the rollout workers ...")
         pool = RolloutPool.start(config)
         try:
             yield pool
@@ -63,13 +64,18 @@ def open_pool(config: Config) -> Iterator[RolloutPool]:
 
 def collect_stage(config: Config, run: RunDir, pool: RolloutPool) -> None:
     """Stage 1: roll out every strategy on the training queries."""
+    from actors.census import Census
     from roro_ray.data.collection import collect, plan_shards
 
     if _is_done(run, "collect"):
         return
     total = sum(len(shard.specs) for shard in plan_shards(config))
-    with run_stage(run, "collect", "Collect trajectories") as facts, Progress("collect", total, "episodes") as bar:
-        over = 0
+    with (
+        run_stage(run, "collect", "Collect trajectories") as facts,
+        count_faults(run, "collect", facts) as faults,
+        Progress("collect", total, "episodes") as bar,
+    ):
+        over, census = 0, Census(pool)
 
         def run_specs(specs: Sequence[EpisodeSpec]) -> Results:
             return pool.run(specs, progress=lambda done, _: bar.move_to(over + done))
@@ -81,6 +87,8 @@ def collect_stage(config: Config, run: RunDir, pool: RolloutPool) -> None:
 
         result = collect(config, run.trajectories, run_specs, move)
         facts.update(trajectories=result.trajectories, made=result.made, failed=result.failed)
+        faults.add_tally(result.tally)
+        faults.add({"groups": result.groups, "small_groups": result.small_groups, **census.total()})
         if result.first_unscored:
             say(f"  {result.unscored} answers could not be checked; the first: {result.first_unscored}")
             event = {"event": "unscored", "stage": "collect", "message": result.first_unscored}
@@ -92,13 +100,20 @@ def collect_stage(config: Config, run: RunDir, pool: RolloutPool) -> None:
 
 def pairs_stage(config: Config, run: RunDir, pool: RolloutPool) -> None:
     """Stage 2: preference pairs by outcome, cost and process quality."""
+    from actors.census import Census
     from roro_ray.data.collection import training_queries
     from roro_ray.reward.pairing import pair_shards
+    from roro_ray.routing.failures import SteadyRun, make_policy
 
     if _is_done(run, "make_pairs"):
         return
     run.require("collect")
-    with run_stage(run, "make_pairs", "Make preference pairs") as facts, Progress("pairs", 1, "shards") as bar:
+    with (
+        run_stage(run, "make_pairs", "Make preference pairs") as facts,
+        count_faults(run, "make_pairs", facts) as faults,
+        Progress("pairs", 1, "shards") as bar,
+    ):
+        census = Census(pool)
 
         def run_specs(specs: Sequence[EpisodeSpec]) -> Results:
             return pool.run(specs, progress=lambda done, total: bar.note(f"{done}/{total} interventions"))
@@ -107,8 +122,11 @@ def pairs_stage(config: Config, run: RunDir, pool: RolloutPool) -> None:
             bar.total = total
             bar.start_at(done)
 
-        found = pair_shards(config, run.trajectories, run.pairs, training_queries(config), run_specs, move)
+        steady = SteadyRun(run_specs, make_policy(config.faults, grouped=False), "make_pairs")
+        found = pair_shards(config, run.trajectories, run.pairs, training_queries(config), steady, move)
         facts.update(pairs=found.pairs, **found.kinds, unmeasured=found.unmeasured)
+        faults.add_tally(steady.tally)
+        faults.add(census.total())
 
 
 def reward_stage(config: Config, run: RunDir) -> None:
@@ -120,20 +138,26 @@ def reward_stage(config: Config, run: RunDir) -> None:
     run.require("make_pairs")
     settings = config.reward
     updates = settings.rounds * (settings.judge_updates + settings.rubricor_updates)
-    with run_stage(run, "learn_reward", "Learn the reward") as facts, Progress("reward", updates, "updates") as bar:
+    with (
+        run_stage(run, "learn_reward", "Learn the reward") as facts,
+        count_faults(run, "learn_reward", facts) as faults,
+        Progress("reward", updates, "updates") as bar,
+    ):
 
         def on_update(metrics: dict[str, float | str]) -> None:
             run.log({"stage": "learn_reward", **metrics})
             bar.advance()
 
         learn = learn_engine_reward if settings.backend == "engine" else learn_local_reward
-        summary = learn(config, run, on_update)
+        summary = learn(config, run, on_update, faults)
         facts.update(_round_all(summary["pair_accuracy"], ("warm", "trained", "shuffled_rubrics", "fixed_rubric")))
 
 
 def router_stage(config: Config, run: RunDir, pool: RolloutPool, method: str, name: str | None = None) -> None:
     """Stage 4: train a router by GRPO in one of the ways of `ROUTER_SETTINGS`, under `router/NAME`."""
+    from actors.census import Census
     from actors.learner import train_router
+    from roro_ray.learning.router_rewards import count_failures
     from roro_ray.learning.router_run import load_finished
 
     name = name or method
@@ -144,16 +168,24 @@ def router_stage(config: Config, run: RunDir, pool: RolloutPool, method: str, na
     if settings.router.beta and settings.reward.rubric_source != "warm":
         run.require("learn_reward")
     iterations, title = config.router.iterations, f"Train the router ({name})"
-    with run_stage(run, f"train_router-{name}", title) as facts, Progress(name, iterations, "iterations") as bar:
+    stage = f"train_router-{name}"
+    with (
+        run_stage(run, stage, title) as facts,
+        count_faults(run, stage, facts) as faults,
+        Progress(name, iterations, "iterations") as bar,
+        _open_reward(settings, run) as reward,
+    ):
+        census = Census(pool, reward)
 
         def progress(done: int, _: int, metrics: dict[str, float]) -> None:
-            run.log({"stage": f"train_router/{name}", **metrics})
+            run.log({"stage": f"train_router/{name}", **metrics, **census.take()})
+            faults.add(count_failures(metrics))
             bar.start_at(done - 1)
             bar.move_to(done)
 
-        with _open_reward(settings, run) as reward:
-            result = train_router(settings, name, pool, reward, run.path, progress)
-        facts.update(iterations=len(result.metrics), restarts=result.restarts)
+        result = train_router(settings, name, pool, reward, run.path, progress)
+        facts.update(iterations=len(result.metrics))
+        faults.add({**census.total(), "learner_restarts": result.restarts})
 
 
 def evaluate_stage(
@@ -166,6 +198,7 @@ def evaluate_stage(
     """
     import dataclasses
 
+    from actors.census import Census
     from actors.host import ClusterHost
     from roro_ray.data.run_dir import make_versions
     from roro_ray.evaluation.evaluate import evaluate
@@ -175,8 +208,12 @@ def evaluate_stage(
     if _is_done(run, "evaluate"):
         return load_summary(run.evaluation)[0]
     run.require("collect")
-    with run_stage(run, "evaluate", "Evaluate") as facts, Progress("evaluate", 1, "stages") as bar:
-        episodes = 0
+    with (
+        run_stage(run, "evaluate", "Evaluate") as facts,
+        count_faults(run, "evaluate", facts) as faults,
+        Progress("evaluate", 1, "stages") as bar,
+    ):
+        episodes, census = 0, Census(pool)
 
         def count(done: int) -> None:
             nonlocal episodes
@@ -196,6 +233,8 @@ def evaluate_stage(
         save_summary(summary, evaluation.examples, run.evaluation)
         save_report(run.evaluation, run.report, run.path / "frontier.png")
         facts.update(episodes=episodes)
+        faults.add_tally(evaluation.tally)
+        faults.add({"searches": evaluation.searches, "oracle_errors": evaluation.oracle_errors, **census.total()})
     return summary
 
 
