@@ -16,6 +16,8 @@ from roro_ray.config import Config, LoraConfig
 from roro_ray.data.sources import check_data
 from roro_ray.errors import ConfigError, did_you_mean
 from roro_ray.gpu_checks import check_gpus
+from roro_ray.storage_checks import check_storage
+from roro_ray.ppo_config import check_ppo
 from roro_ray.types import PairKind, Peek
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -191,6 +193,7 @@ def check_config(settings: Config) -> None:
     _check_relations(settings)
     check_gpus(settings)
     check_cluster(settings)
+    check_ppo(settings.ppo)
 
 
 def _check_choice(key: str, got: str, allowed: Collection[str]) -> None:
@@ -288,11 +291,7 @@ def _check_relations(settings: Config) -> None:
             f"contradict each other: an iteration cannot draw more than the {drawn} queries there are. "
             "Lower the first or raise the second."
         )
-    if "://" in settings.run_dir:
-        raise ConfigError(
-            f"run_dir: got {settings.run_dir!r}, expected a local path (on a cluster: one on a shared file system); "
-            "checkpoints rely on rename being atomic."
-        )
+    check_storage(settings)
 
 
 def warn_ignored(settings: Config, explicit: Collection[str]) -> None:

@@ -68,7 +68,7 @@ def test_an_empty_value_is_an_empty_string_and_numbers_convert() -> None:
         ("pool.models[0].pth=x", ["did you mean 'path'"]),
         ("reward.kind_weights={outcom: 1}", ["did you mean 'outcome'"]),
         ("wandb.mode=[", ["not a YAML value"]),
-        ("run_dir=s3://bucket/x", ["expected a local path"]),
+        ("run_dir=https://host/x", ["expected a path or the URI", "s3://bucket/run"]),
         ("run_dir=${nothing}", ["do not resolve"]),
     ],
 )

@@ -2,31 +2,34 @@
 
 Every stage reads the one before from here, resumes where it stopped, and never does finished work again. Settings that
 shaped a stage's output cannot change once it is there: a directory that holds another run is an error, and is never
-overwritten.
+overwritten. Behind a URI (s3://bucket/run) it is worked on in a local copy (`data.mirror`): a stage fetches what it
+reads, and uploads what it finished.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import math
-import os
-import platform
-import subprocess
 import time
-from collections.abc import Iterator, Mapping
-from importlib import metadata
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from roro_ray.cluster_config import StorageConfig
 from roro_ray.config import Config
 from roro_ray.data.files import write_whole
-from roro_ray.errors import ConfigError, DataError
+from roro_ray.data.metrics_file import append_metrics as append_metrics
+from roro_ray.data.metrics_file import read_metrics as read_metrics
+from roro_ray.data.mirror import METRICS, Mirror
+from roro_ray.data.session import BY_RANKS, Session
+from roro_ray.data.versions import make_versions as make_versions
+from roro_ray.errors import ConfigError, DataError, RoroError
 from roro_ray.settings import changed_keys, load_saved_config, save_config
 
 STAGES = ("collect", "make_pairs", "warm_start", "learn_reward", "train_router", "evaluate")
 _SUITE_KEYS = ("data.suites", "data.train_suites", "data.sources", "data.split_shares")
-# The settings that shape each stage's output; `ray`, `wandb` and `run_dir` never do.
+# The settings that shape each stage's output; `ray`, `storage`, `wandb` and `run_dir` never do.
 STAGE_KEYS: dict[str, tuple[str, ...]] = {
     "collect": ("seed", "pool.models", *_SUITE_KEYS, "data.train_queries", "data.seed", "episode.", "collect."),
     "make_pairs": ("pairs.",),
@@ -53,14 +56,76 @@ _FREE_KEYS = (
     "router.gradient_checkpointing",
     "router.cache_mb",
 )
-_PACKAGES = ("ray", "torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy", "wandb", "omegaconf")
+
+
+_RECORDS = ("config.yaml", "versions.json", METRICS, "done")  # what every job reads
 
 
 class RunDir:
-    """Paths and records of one run; make one with `open_run`."""
+    """Paths and records of one run; make one with `open_run`, and `close` it.
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    Args:
+        place: a path, a URI, or the mirror of one.
+    """
+
+    def __init__(self, place: str | Path | Mirror) -> None:
+        self.mirror = place if isinstance(place, Mirror) else Mirror(place)
+        self._session: Session | None = None
+
+    @property
+    def path(self) -> Path:
+        """Where its files are on this node: the place itself, or the copy of a remote one."""
+        return self.mirror.local
+
+    @property
+    def place(self) -> str:
+        """What other processes and the user call it: a path or a URI."""
+        return self.mirror.place
+
+    def fetch(self, *parts: str | Path) -> None:
+        """Bring files and folders of a remote run up to date before they are read; does nothing for a local one.
+
+        Args:
+            parts: names below the run (`trajectories`, `reward/model`) or their paths.
+
+        Raises:
+            ConfigError, DataError: as `Mirror.pull`.
+        """
+        self.mirror.pull(*map(self._name, parts))
+
+    def sync(self, *parts: str | Path) -> None:
+        """Upload what changed in the given files and folders of a remote run.
+
+        When none is given: everything but what the ranks of a training upload themselves.
+
+        Raises:
+            ConfigError, DataError: as `Mirror.push`.
+        """
+        self.mirror.push(*map(self._name, parts), skip=() if parts else BY_RANKS)
+
+    def close(self) -> None:
+        """Upload the rest of a remote run and let other jobs have it; a second call does nothing.
+
+        Raises:
+            DataError: not everything could be uploaded.
+        """
+        if self._session is not None:
+            self._session.close()
+
+    def begin(self) -> None:
+        """Take a remote run for this job, and read its records.
+
+        Raises:
+            DataError: another job works on it, or the store does not answer.
+        """
+        if self.mirror.is_remote:
+            self._session = Session(self.mirror)
+            self.mirror.pull(*_RECORDS)
+
+    def _name(self, part: str | Path) -> str:
+        if not self.mirror.is_remote:
+            return str(part)
+        return Path(part).relative_to(self.path).as_posix() if Path(part).is_absolute() else str(part)
 
     @property
     def config_file(self) -> Path:
@@ -70,7 +135,7 @@ class RunDir:
     @property
     def metrics_file(self) -> Path:
         """One JSON object a line, appended by every stage."""
-        return self.path / "metrics.jsonl"
+        return self.path / METRICS
 
     @property
     def trajectories(self) -> Path:
@@ -114,6 +179,7 @@ class RunDir:
         marker = self._marker(stage)
         marker.parent.mkdir(parents=True, exist_ok=True)
         write_json(marker, {"time": time.time(), **facts})
+        self.sync()
 
     def reopen_after(self, stage: str) -> None:
         """Forget that later stages finished, since what they read is about to change.
@@ -124,6 +190,7 @@ class RunDir:
         for later in STAGES[STAGES.index(name) + 1 :] if name != "calibrate" else ():
             for marker in (self.path / "done").glob(f"{later}*.json"):
                 marker.unlink()
+        self.sync("done")
 
     def done_facts(self, stage: str) -> dict[str, Any]:
         """What `mark_done` recorded, or an empty dict."""
@@ -136,7 +203,8 @@ class RunDir:
             DataError: names the stage and its command.
         """
         if not self.is_done(stage):
-            raise DataError(f"{self.path}: {stage} has not finished. Run `python -m jobs.{stage} run_dir={self.path}`.")
+            command = f"python -m jobs.{stage} run_dir={self.place}"
+            raise DataError(f"{self.place}: {stage} has not finished. Run `{command}`.")
 
     def _marker(self, stage: str) -> Path:
         return self.path / "done" / f"{stage}.json"
@@ -145,26 +213,46 @@ class RunDir:
 def open_run(config: Config) -> RunDir:
     """Make the run's directory, or go on in it where it holds the same run.
 
+    A remote run is this job's alone until it is closed.
+
     Raises:
-        ConfigError: the directory holds something else, or a key changed that shaped a stage that is already there.
+        ConfigError: the directory holds something else, or a key changed that shaped a stage that is already there; a
+            remote one cannot be reached with these options and credentials.
+        DataError: another job works on a remote run, or its store does not answer.
     """
-    run = RunDir(config.run_dir)
-    if run.config_file.exists():
-        _check_same_run(run, config)
-    elif run.path.exists() and any(run.path.iterdir()):
+    run = RunDir(Mirror(config.run_dir, config.storage))
+    if not run.mirror.has(run.config_file.name) and run.mirror.has(""):
         raise ConfigError(
-            f"run_dir={run.path} is not empty and holds no config.yaml, so it is no run. Choose another run_dir."
+            f"run_dir={run.place} is not empty and holds no config.yaml, so it is no run. Choose another run_dir."
         )
-    run.path.mkdir(parents=True, exist_ok=True)
-    save_config(config, run.config_file)
-    write_json(run.path / "versions.json", make_versions())
+    try:
+        run.begin()
+        if run.config_file.exists():
+            _check_same_run(run, config)
+        run.path.mkdir(parents=True, exist_ok=True)
+        save_config(config, run.config_file)
+        write_json(run.path / "versions.json", make_versions())
+        run.sync()
+    except BaseException:
+        with suppress(RoroError):  # what went wrong first is what counts
+            run.close()
+        raise
     return run
 
 
-def saved_config(run_dir: str | Path) -> Config | None:
-    """The settings of the run that a directory holds, or None where there is none yet."""
-    file = RunDir(run_dir).config_file
-    return load_saved_config(file) if file.exists() else None
+def saved_config(run_dir: str | Path, storage: StorageConfig | None = None) -> Config | None:
+    """The settings of the run that a directory holds, or None where there is none yet.
+
+    Args:
+        storage: how to reach a remote one; its cache directory, which is this machine's, stands in the result.
+    """
+    mirror = Mirror(run_dir, storage)
+    mirror.pull("config.yaml")
+    file = RunDir(mirror).config_file
+    if not file.exists():
+        return None
+    config = load_saved_config(file)
+    return replace(config, storage=replace(config.storage, cache_dir=mirror.storage.cache_dir))
 
 
 def _check_same_run(run: RunDir, config: Config) -> None:
@@ -177,86 +265,21 @@ def _check_same_run(run: RunDir, config: Config) -> None:
         elif _has_output(run, stage):
             for key, (old, new) in ((key, change) for key, change in shaping.items() if key not in _FREE_KEYS):
                 raise ConfigError(
-                    f"run_dir={run.path} holds a run whose {stage} was made with {key}={old}, now {key}={new}. "
+                    f"run_dir={run.place} holds a run whose {stage} was made with {key}={old}, now {key}={new}. "
                     f"To resume that run, leave {key} out; for a new run, give another run_dir."
                 )
 
 
 def _has_output(run: RunDir, stage: str) -> bool:
     folders = {
-        "collect": run.trajectories,
-        "make_pairs": run.pairs,
-        "warm_start": run.path / "warm" / "model",  # what was written before may serve other settings
-        "learn_reward": run.reward,
-        "train_router": run.path / "router",
-        "evaluate": run.evaluation,
+        "collect": "trajectories",
+        "make_pairs": "pairs",
+        "warm_start": "warm/model",  # what was written before may serve other settings
+        "learn_reward": "reward",
+        "train_router": "router",
+        "evaluate": "evaluation",
     }
-    return folders[stage].is_dir() and any(folders[stage].iterdir())
-
-
-def append_metrics(path: str | Path, record: Mapping[str, Any]) -> None:
-    """Append one JSON line in a single write, so that processes do not mix; closes off a half line that a kill left."""
-    path = Path(path)
-    line = json.dumps(_finite({"time": round(time.time(), 3), **record}), default=str) + "\n"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        # Look and write as one: else the look may meet another process's write halfway and take it for a cut line.
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            line = "\n" + line
-        os.write(descriptor, line.encode())
-    finally:
-        os.close(descriptor)
-
-
-def _finite(value: Any) -> Any:
-    """The same with null for NaN and infinity, which JSON has no word for."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The records of a metrics file; a line that a kill cut off is left out."""
-    file = Path(path)
-    if not file.exists():
-        return
-    for line in file.read_text(errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            yield record
-
-
-def make_versions() -> dict[str, Any]:
-    """Versions of what a result depends on, and the state of the git tree."""
-    found: dict[str, str | None] = {}
-    for package in ("roro_ray", *_PACKAGES):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return {"python": platform.python_version(), "platform": platform.platform(), **found, "git": _git_state()}
-
-
-def _git_state() -> dict[str, Any] | None:
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        commit = _git(root, "rev-parse", "HEAD")
-        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return {"commit": commit, "changed_files": len(changed.splitlines())}
-
-
-def _git(root: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(root), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    return run.mirror.has(folders[stage])
 
 
 def write_json(path: str | Path, content: Any) -> None:
