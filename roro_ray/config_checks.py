@@ -16,8 +16,8 @@ from roro_ray.config import Config, LoraConfig
 from roro_ray.data.sources import check_data
 from roro_ray.errors import ConfigError, did_you_mean
 from roro_ray.gpu_checks import check_gpus
-from roro_ray.storage_checks import check_storage
 from roro_ray.ppo_config import check_ppo
+from roro_ray.storage_checks import check_storage
 from roro_ray.types import PairKind, Peek
 
 _CHOICES: dict[str, tuple[str, ...]] = {
