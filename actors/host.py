@@ -6,9 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from actors.dispatch import assign_workers
 from actors.rollout import RolloutPool
-from actors.waiting import wait_for
 from roro_ray.evaluation.oracle import OracleResult
 from roro_ray.routing.episode import EpisodeFailure, EpisodeSpec
 from roro_ray.routing.router_files import load_router
@@ -60,16 +58,4 @@ class ClusterHost:
         Raises:
             DeadlineError: no answer within the episodes' deadline.
         """
-        workers = self._pool.workers
-        homes = assign_workers([query.id for query in queries], len(workers))
-        shares = [[i for i, home in enumerate(homes) if home == number] for number in range(len(workers))]
-        refs = [
-            worker.find_oracle.remote([queries[i] for i in share], self._seed)
-            for worker, share in zip(workers, shares, strict=True)
-        ]
-        answers = wait_for(refs, f"the oracle's search of {len(queries)} queries", self._pool.timeout_s, workers)
-        results: list[OracleResult | None] = [None] * len(queries)
-        for share, found in zip(shares, answers, strict=True):
-            for position, result in zip(share, found, strict=True):
-                results[position] = result
-        return [result for result in results if result is not None]
+        return self._pool.find_oracle(queries, self._seed)

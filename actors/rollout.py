@@ -10,19 +10,19 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
 
 from actors.capacity import wait_for_resources
-from actors.dispatch import Dispatch, Progress
+from actors.dispatch import Dispatch, Limits, Progress
 from actors.engines import engine_bundle, gathers, start_engines
 from actors.placement import bundle_options, role_bundle
 from actors.publish import CHANNEL, BoardClient, Weights
 from actors.resources import Bundle
+from actors.versions import Room, VersionSlots
 from actors.waiting import wait_async, wait_for
 from roro_ray.config import Config
 from roro_ray.engines.protocol import Engine, EngineFacts
@@ -62,32 +62,6 @@ def make_runner(config: Config, engines: Sequence[Engine]) -> Any:
     return Runner(pool, policy, config.episode, config.ray.concurrency, AnswerScorer.from_config(config.data))
 
 
-class VersionGate:
-    """Lets runs under the same weights in together; a run under other weights waits until the house is empty."""
-
-    def __init__(self) -> None:
-        self._serial = -1
-        self._inside = 0
-        self._change = asyncio.Condition()
-
-    @asynccontextmanager
-    async def enter(self, serial: int, load: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
-        """Inside, the weights of `serial` are loaded and stay so."""
-        async with self._change:
-            await self._change.wait_for(lambda: self._inside == 0 or self._serial == serial)
-            if self._serial != serial:
-                self._serial = -1  # whatever a failed load leaves behind is nobody's weights
-                await load()
-                self._serial = serial
-            self._inside += 1
-        try:
-            yield
-        finally:
-            async with self._change:
-                self._inside -= 1
-                self._change.notify_all()
-
-
 class RolloutWorker:
     """The actor. The constructor stores; `ready` (or the first `run` after a restart) loads."""
 
@@ -98,7 +72,9 @@ class RolloutWorker:
         self._runner: Any = None
         self._facts: WorkerFacts | None = None
         self._loading = asyncio.Lock()
-        self._gate = VersionGate()
+        self._room = Room(config.ray.concurrency)
+        # Trainings that run side by side may ask for two versions even where nothing lags.
+        self._versions: VersionSlots[Any] = VersionSlots(self._make_holder, max(2, config.router.max_lag + 1))
 
     async def ready(self) -> WorkerFacts:
         """Load the models once and tell the facts."""
@@ -116,18 +92,27 @@ class RolloutWorker:
         """Run the episodes; those of the router under exactly these weights."""
         await self.ready()
         if weights is None:
-            return await self._runner.run(specs)
+            return await self._run_with(self._runner, specs)
 
-        async def pull() -> None:
+        async def pull(runner: Any) -> None:
             from safetensors.torch import load
 
             blob = await wait_async(
                 weights.refs[0], f"the router's weights of version {weights.version}", _PULL_TIMEOUT_S
             )
-            self._runner.load_router(load(blob), weights.version)
+            runner.load_router(load(blob), weights.version)
 
-        async with self._gate.enter(weights.serial, pull):
-            return await self._runner.run(specs)
+        async with self._versions.enter(weights.serial, pull) as runner:
+            return await self._run_with(runner, specs)
+
+    async def _run_with(self, runner: Any, specs: Sequence[EpisodeSpec]) -> Results:
+        async with self._room.take(min(len(specs), self._config.ray.concurrency)):
+            results: Results = await runner.run(specs)
+        return results
+
+    def _make_holder(self) -> Any:
+        """What one version of the router is loaded into: the worker's own runner first, then copies of it."""
+        return self._runner.copy() if len(self._versions) else self._runner
 
     async def find_oracle(self, queries: Sequence[Query], seed: int) -> list[OracleResult]:
         """The fewest dear steps of each query (see `evaluation.oracle`), with this worker's engines."""
@@ -157,6 +142,7 @@ class RolloutPool:
     timeout_s: float
     concurrency: int
     chunk: int = _CHUNK
+    worker_attempts: int = 4
 
     @classmethod
     def start(cls, config: Config, make: MakeRunner = make_runner) -> RolloutPool:
@@ -187,7 +173,8 @@ class RolloutPool:
             raise
         # Episodes that take minutes come and go one by one: in a shared call all would wait for the longest.
         chunk = _CHUNK if all(gathers(model) for model in config.pool.models) else 1
-        return cls(workers, engines, board, tuple(facts), config.episode.timeout_s, settings.concurrency, chunk)
+        limits = (config.episode.timeout_s, settings.concurrency, chunk, config.faults.worker_attempts)
+        return cls(workers, engines, board, tuple(facts), *limits)
 
     def run(
         self,
@@ -210,8 +197,29 @@ class RolloutPool:
         """
         needs_router = any(spec.strategy.startswith("router") for spec in specs)
         weights = self.board.look_up(version, channel) if needs_router else None
-        dispatch = Dispatch(self.workers, specs, weights, self.timeout_s, self.chunk, self.concurrency)
-        return dispatch.run(progress)
+        query_ids = [spec.query.id for spec in specs]
+
+        def call(worker: Any, part: Sequence[EpisodeSpec]) -> Any:
+            return worker.run.remote(part, weights)
+
+        return Dispatch(self.workers, specs, query_ids, call, self._limits(self.chunk)).run(progress)
+
+    def find_oracle(self, queries: Sequence[Query], seed: int) -> list[OracleResult]:
+        """The fewest dear steps of each query, searched where the memo knows it; results in the queries' order.
+
+        Raises:
+            DeadlineError: nothing arrived for longer than `episode.timeout_s`.
+            EngineError: no worker is left, or the same queries ended several workers.
+        """
+
+        def call(worker: Any, part: Sequence[Query]) -> Any:
+            return worker.find_oracle.remote(part, seed)
+
+        ids = [query.id for query in queries]
+        return Dispatch(self.workers, queries, ids, call, self._limits(_CHUNK)).run()
+
+    def _limits(self, chunk: int) -> Limits:
+        return Limits(self.timeout_s, chunk, self.concurrency, self.worker_attempts)
 
     def publish(self, state: dict[str, Any], version: int, channel: str = CHANNEL, keep: int = 2) -> None:
         """Publish the router's weights: later runs under this version, or under none named, use them."""

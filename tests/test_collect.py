@@ -15,7 +15,7 @@ import pytest
 from roro_ray.config import Config
 from roro_ray.data.collection import collect, plan_shards, training_queries
 from roro_ray.data.store import finished_shards, load_trajectories
-from roro_ray.errors import DataError, EngineError
+from roro_ray.errors import DataError, RolloutError
 from roro_ray.plan import count_collected
 from roro_ray.routing.episode import EpisodeFailure, EpisodeSpec
 from roro_ray.settings import load_config
@@ -27,7 +27,7 @@ OVERRIDES = ["data.suites=[chain,word]", "data.train_queries=7", "collect.shard_
 
 
 def small_config(*overrides: str) -> Config:
-    return load_config([*OVERRIDES, *overrides])
+    return load_config(["faults.pause_s=0", *OVERRIDES, *overrides])
 
 
 def answer(spec: EpisodeSpec) -> Trajectory:
@@ -98,7 +98,9 @@ def test_rare_failures_are_left_out_and_counted_and_many_stop_the_stage(tmp_path
     facts = collect(config, tmp_path / "rare", run_with({bad}))
     assert facts.failed == 1 and facts.first_error == "no" and facts.made == count_collected(config) - 1
     all_of_shard = {spec.id for spec in plan_shards(config)[1].specs}
-    with pytest.raises(EngineError, match=r"shard chain-00001 failed twice.*run again"):
+    with pytest.raises(
+        RolloutError, match=r"shard chain-00001: 48 of 48 rollouts failed for good, tried 2 times.*run again"
+    ):
         collect(config, tmp_path / "many", run_with(all_of_shard))
     assert list(finished_shards(tmp_path / "many")) == ["chain-00000"]
     collect(config, tmp_path / "many", run_fine)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from roro_ray.config import Config, EvaluateConfig, RouterConfig
-from roro_ray.errors import ConfigError, DataError
+from roro_ray.errors import ConfigError, DataError, RolloutError
 from roro_ray.evaluation.evaluate import Inputs, collect_alone, evaluate
 from roro_ray.evaluation.examples import choose_examples
 from roro_ray.evaluation.headline import make_context, make_headline
@@ -189,6 +189,7 @@ def test_same_seed_same_summary(outcome, router_dir):
 
 def test_failed_rollouts_are_dropped_counted_and_shown():
     config = make_config()
+    config.faults.max_failed_share, config.faults.pause_s = 0.3, 0.0
     queries = QuerySets(make_queries("validation", 1), make_queries("test", 1))
     pool = make_pool(fails=lambda prefix: prefix.startswith("aaaa\n"))
     with LocalHost(config, pool) as host:
@@ -201,10 +202,26 @@ def test_failed_rollouts_are_dropped_counted_and_shown():
     assert summary["suites"]["overall"]["large"]["failed"] == 0
     assert summary["suites"]["overall"]["oracle"]["n"] == 7
     assert summary["headline"]["reached"] is None
+    tally = evaluation.tally
+    assert tally.failed > 2 and tally.failed_tries == 2 * tally.retried == 2 * tally.failed
+    assert (evaluation.searches, evaluation.oracle_errors) == (8, 1)
+
+
+def test_too_many_failed_rollouts_give_no_accuracy():
+    config = make_config()
+    config.faults.pause_s = 0.0
+    queries = QuerySets(make_queries("validation", 1), make_queries("test", 1))
+    pool = make_pool(fails=lambda prefix: prefix.startswith("aaaa\n"))
+    with (
+        LocalHost(config, pool) as host,
+        pytest.raises(RolloutError, match=r"evaluate: 2 of 32 .* tried 2 times each; expected at most a share of 0.05"),
+    ):
+        evaluate(Inputs(config, queries, {}), host)
 
 
 def test_every_rollout_failing_gives_nulls_and_no_crash():
     config = make_config()
+    config.faults.max_failed_share, config.faults.pause_s = 1.0, 0.0
     queries = QuerySets(make_queries("validation", 1), make_queries("test", 1))
     with LocalHost(config, make_pool(fails=lambda prefix: True)) as host:
         evaluation = evaluate(Inputs(config, queries, {}), host)

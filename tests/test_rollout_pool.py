@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -18,9 +19,9 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from actors.dispatch import Dispatch, assign_workers
+from actors.dispatch import assign_workers
 from actors.engines import EngineActor, RemoteEngine
-from actors.rollout import RolloutPool, VersionGate, make_runner
+from actors.rollout import RolloutPool, make_runner
 from actors.waiting import find_actor, wait_for
 from roro_ray.config import Config
 from roro_ray.engines.protocol import StepRequest
@@ -40,27 +41,6 @@ def test_queries_stay_together_and_loads_even() -> None:
     assert sum(len(workers) == 1 for workers in homes.values()) >= 36
     assert assign_workers(ids[:80], 4) == chosen[:80] or max(Counter(chosen[:80]).values()) > 22
     assert set(assign_workers(["one"] * 100, 4)) == {0, 1, 2, 3}  # even one query alone is spread
-
-
-def test_runs_under_other_weights_wait() -> None:
-    async def main() -> list[str]:
-        gate, log = VersionGate(), []
-
-        async def run(name: str, serial: int) -> None:
-            async def load() -> None:
-                log.append(f"load {serial}")
-
-            async with gate.enter(serial, load):
-                log.append(f"{name} in")
-                await asyncio.sleep(0.02)
-                log.append(f"{name} out")
-
-        await asyncio.gather(run("a", 1), run("b", 1), run("c", 2))
-        return log
-
-    log = asyncio.run(main())
-    assert log.index("load 2") > max(log.index("a out"), log.index("b out"))
-    assert log.count("load 1") == 1 and log.index("b in") < log.index("a out")
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +101,10 @@ def test_workers_pull_the_version_asked_for(pool: RolloutPool) -> None:
         assert {(d.model, d.version) for d in decisions} == {(model, version or 5)}
     with pytest.raises(ConfigError, match=r"version 3 are not on the board.*\[4, 5\]"):
         pool.run(specs, 3)
+    with ThreadPoolExecutor(2) as threads:  # two versions at once
+        runs = [threads.submit(pool.run, specs * 4, version) for version in (4, 5) for _ in range(3)]
+        found = [{step.decision.version for result in run.result() for step in result.steps} for run in runs]
+    assert found == [{4}] * 3 + [{5}] * 3
     pool.publish(biased_state(config, 0), 5)  # the same number again, as after a learner's restart
     assert {step.model for result in pool.run(specs, 5) for step in result.steps} == {0}
 
@@ -169,11 +153,12 @@ def make_hanging_runner(config: Config, engines: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_an_episode_that_kills_its_workers_is_given_up(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.dispatch._MOST_ATTEMPTS", 2)
-    pool = RolloutPool.start(make_scripted_config(), make_deadly_runner)
+def test_an_episode_that_kills_its_workers_is_given_up(local_ray: None) -> None:
+    config = make_scripted_config()
+    config.faults.worker_attempts = 2
+    pool = RolloutPool.start(config, make_deadly_runner)
     try:
-        with pytest.raises(EngineError, match=r"fixed:1/0.*died 2 times"):
+        with pytest.raises(EngineError, match=r"of query scripted/0.*died 2 times"):
             pool.run(make_specs(1, "fixed:1"))
     finally:
         pool.stop()
@@ -190,13 +175,12 @@ def test_an_episode_that_hangs(local_ray: None, monkeypatch: pytest.MonkeyPatch)
         assert isinstance(results[0], EpisodeFailure) and "timeout_s" in results[0].error
         assert isinstance(results[1], Trajectory)
         monkeypatch.setattr("actors.dispatch._GRACE_S", 0.0)
-        dispatch = Dispatch(pool.workers, make_specs(1, "fixed:1"), None, 0.2, 64, 256)
         with pytest.raises(DeadlineError, match=r"0 of 1 done.*RolloutWorker .*ALIVE"):
-            dispatch.run()
+            dataclasses.replace(pool, timeout_s=0.2).run(make_specs(1, "fixed:1"))
         pool.stop()
         started = time.monotonic()
         with pytest.raises(EngineError, match=r"no rollout worker is left.*DEAD"):
-            Dispatch(pool.workers, make_specs(1, "fixed:0"), None, 30.0, 64, 256).run()
+            pool.run(make_specs(1, "fixed:0"))
         assert time.monotonic() - started < 10
     finally:
         for worker in pool.workers:

@@ -33,7 +33,9 @@ from roro_ray.evaluation.methods import (
 )
 from roro_ray.evaluation.metrics import Sweep, make_scores
 from roro_ray.evaluation.query_level import QueryEncoder, train_predictor
+from roro_ray.evaluation.steady_host import SteadyHost
 from roro_ray.evaluation.sweeps import Anchors, QuerySets, oracle_sweep, query_level_sweep, run_sweep, single_sweep
+from roro_ray.routing.failures import Tally
 from roro_ray.types import Query, Trajectory
 
 Progress = Callable[[str, int, int], None]
@@ -59,7 +61,11 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The results: a sweep per method, learning curves, examples, what was left out and why, and the seconds."""
+    """The results: a sweep per method, learning curves, examples, what was left out and why, and the seconds.
+
+    `tally` counts rollouts, tries and failures of all stages together, `searches` the oracle's searches and
+    `oracle_errors` those of them that failed for good.
+    """
 
     queries: QuerySets
     sweeps: dict[str, Sweep]
@@ -68,6 +74,9 @@ class Evaluation:
     skipped: dict[str, str]
     seconds: dict[str, float]
     oracle_inexact: int = 0
+    tally: Tally = field(default_factory=Tally)
+    searches: int = 0
+    oracle_errors: int = 0
 
 
 def collect_alone(queries: Sequence[Query], trajectories: Iterable[Trajectory]) -> list[tuple[Query, bool]]:
@@ -89,6 +98,7 @@ def evaluate(inputs: Inputs, host: Host, progress: Progress = lambda label, done
 
     Raises:
         ConfigError: no validation or no test queries, or a router of an unknown method.
+        RolloutError: more rollouts failed for good than the settings under `faults` bear.
     """
     _check(inputs)
     run = _Run(inputs, host)
@@ -101,7 +111,11 @@ def evaluate(inputs: Inputs, host: Host, progress: Progress = lambda label, done
         seconds[label] = round(time.perf_counter() - start, 2)
     progress("done", len(stages), len(stages))
     ordered = {method: run.sweeps[method] for method in METHODS if method in run.sweeps}
-    return Evaluation(inputs.queries, ordered, run.curves, run.examples, run.skipped, seconds, run.oracle_inexact)
+    host = run.host
+    return Evaluation(
+        *(inputs.queries, ordered, run.curves, run.examples, run.skipped, seconds, run.oracle_inexact),
+        *(host.tally, host.searches.rollouts, host.searches.failed),
+    )
 
 
 def _check(inputs: Inputs) -> None:
@@ -117,7 +131,7 @@ class _Run:
     """The evaluation under way: one method per stage, results kept as they come."""
 
     def __init__(self, inputs: Inputs, host: Host) -> None:
-        self.inputs, self.host = inputs, host
+        self.inputs, self.host = inputs, SteadyHost(host, inputs.config.faults)
         self.config, self.queries = inputs.config.evaluate, inputs.queries
         self.seed = inputs.config.seed
         self.large_model = len(inputs.config.pool.models) - 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +25,7 @@ from roro_ray.types import Query, Trajectory, Verdict
 
 _COUNTS = (
     *("rollouts", "failed_tries", "retried", "failed", "stale", "episodes", "learned", "dropped"),
-    *("dropped_errors", "unscored", "groups", "small_groups", "constant_groups"),
+    *("dropped_errors", "scored", "unscored", "groups", "small_groups", "constant_groups"),
 )
 Score = Callable[[Sequence[Query], Sequence[Sequence[Trajectory]]], Sequence[Sequence[Verdict]]]
 
@@ -241,5 +241,16 @@ def finish_metrics(sums: dict[str, float]) -> dict[str, float]:
         "large_share": mean("large_share", "episodes"),
         "steps": mean("steps", "episodes"),
         "process": mean("process", "scored"),
+        "failed_rate": mean("failed", "rollouts"),
+        "retried_rate": mean("retried", "rollouts"),
+        "small_group_rate": mean("small_groups", "groups"),
+        "score_error_rate": sums["unscored"] / judged if (judged := sums["scored"] + sums["unscored"]) else math.nan,
     }
     return metrics | {name: sums[name] for name in _COUNTS}
+
+
+def count_failures(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What of an iteration's metrics counts failures, and of how many they are."""
+    names = ("rollouts", "failed_tries", "retried", "failed", "groups", "small_groups")
+    counts = {name: metrics[name] for name in names}
+    return counts | {"scores": metrics["scored"] + metrics["unscored"], "score_errors": metrics["unscored"]}

@@ -1,0 +1,58 @@
+"""How many processes of a stage died, as Ray's own records of their actors say.
+
+Every restart stands in the cluster's table, whoever noticed the death and wherever the work was done again, so that the
+count needs no message from the dead and none from those that waited for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from actors.waiting import find_actor
+
+
+class Census:
+    """Deaths of rollout workers, engines' actors and the reward service since it was made.
+
+    Args:
+        pool: a RolloutPool, or None.
+        reward: a RewardClient, or None.
+        engine: a RemoteEngine outside a pool, or None.
+    """
+
+    def __init__(self, pool: Any = None, reward: Any = None, engine: Any = None) -> None:
+        self._pool = pool
+        self._reward = reward
+        self._engine = engine
+        self._before = self._count()
+        self._taken = dict.fromkeys(self._before, 0)
+
+    def total(self) -> dict[str, int]:
+        """`worker_deaths`, `engine_deaths` and `reward_restarts` so far, of the kinds that there are."""
+        now = self._count()
+        return {name: max(now[name] - self._before[name], 0) for name in now}
+
+    def take(self) -> dict[str, int]:
+        """The same since the last call."""
+        total = self.total()
+        new = {name: total[name] - self._taken[name] for name in total}
+        self._taken = total
+        return new
+
+    def _count(self) -> dict[str, int]:
+        counts = {}
+        if self._pool is not None:
+            counts["worker_deaths"] = _count_deaths(self._pool.workers)
+            counts["engine_deaths"] = _count_deaths(engine.actor for engine in self._pool.engines)
+        if self._engine is not None:
+            counts["engine_deaths"] = _count_deaths([self._engine.actor])
+        if self._reward is not None:
+            counts["reward_restarts"] = _count_deaths([self._reward.actor])
+        return counts
+
+
+def _count_deaths(actors: Iterable[Any]) -> int:
+    """Restarts, and one for an actor that is not started again."""
+    records = [find_actor(actor) for actor in actors]
+    return sum(int(record.get("NumRestarts", 0)) + (record.get("State") == "DEAD") for record in records)
