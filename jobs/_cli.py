@@ -19,6 +19,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
@@ -101,10 +102,10 @@ def _run(
             return 0
         _check_place(config)
         with _opened_run(config, arguments.command, stop) as run:
-            say(f"{parser.prog} in {run.path} ({_format_versions()})")
+            say(f"{parser.prog} in {run.place} ({_format_versions()})")
             began = time.monotonic()
             main(config, run, arguments)
-        say(f"{parser.prog}: finished in {time.monotonic() - began:.1f} s, all of it in {run.path}")
+        say(f"{parser.prog}: finished in {time.monotonic() - began:.1f} s, all of it in {run.place}")
         return 0
     except BaseException as error:
         if stop.explains(error):
@@ -120,6 +121,7 @@ def _opened_run(config: Config, command: str, stop: StopSignal) -> Iterator[RunD
     """The run of a job: however the job ends, its end is the last record, and only then is the run closed, here."""
     run = open_run(config)
     with ExitStack() as stack:
+        stack.push(partial(_close_run, run))
         try:
             stack.enter_context(WandbMirror(config, run))
             yield run
@@ -127,6 +129,16 @@ def _opened_run(config: Config, command: str, stop: StopSignal) -> Iterator[RunD
             with suppress(OSError):  # a full disk is perhaps what the error tells of
                 run.log(_describe_end(error, command, stop))
             raise
+
+
+def _close_run(run: RunDir, _kind: object, error: BaseException | None, _trace: object) -> None:
+    """Upload the rest of a remote run; where the job failed anyway, that is the error that counts."""
+    try:
+        run.close()
+    except RoroError as unsaved:
+        if error is None:
+            raise
+        say(f"Not everything was uploaded: {unsaved}")
 
 
 def _describe_end(error: BaseException, command: str, stop: StopSignal) -> dict[str, object]:
@@ -169,7 +181,7 @@ def resolve_config(overrides: Sequence[str], file: str | Path | None) -> Config:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         first = load_config(overrides, file)
-    return load_config(overrides, file, base=saved_config(first.run_dir))
+    return load_config(overrides, file, base=saved_config(first.run_dir, first.storage))
 
 
 @contextmanager
