@@ -8,6 +8,7 @@ from typing import Any
 from roro_ray.cluster_config import FaultsConfig as FaultsConfig
 from roro_ray.cluster_config import RayConfig as RayConfig
 from roro_ray.cluster_config import StorageConfig as StorageConfig
+from roro_ray.ppo_config import PpoConfig as PpoConfig
 
 STEP_DELIMITER = "\n\n"
 
@@ -311,6 +312,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     warm: WarmStartConfig = field(default_factory=WarmStartConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
+    ppo: PpoConfig = field(default_factory=PpoConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     ray: RayConfig = field(default_factory=RayConfig)

@@ -1,0 +1,332 @@
+"""PPO by RLlib on rollout env runners: the outcome-only baseline that another library trains.
+
+Everything that a fair comparison needs is shared with GRPO: the episode loop (behind `routing.gym_env`), the router
+network and its first weights, the queries, the range of cost weights, the reward, and the number of episodes. The
+algorithm is RLlib's own, on its new API stack. Env runners hold nothing that cannot be had again, so RLlib restarts the
+ones that die; the training itself goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.capacity import wait_for_resources
+from actors.placement import role_bundle
+from actors.resources import Bundle
+from roro_ray.config import Config
+from roro_ray.engines.protocol import Engine
+from roro_ray.errors import TrainingError
+from roro_ray.gpu_checks import count_gpus
+from roro_ray.learning.checkpoints import check_settings, drop_old, find_checkpoint, write_directory
+from roro_ray.learning.ppo_run import METHOD, PpoRun, fix_ppo_settings, load_finished_ppo
+from roro_ray.learning.router_run import Finished, make_train_queries
+from roro_ray.routing.draws import mix_seed
+from roro_ray.types import Query
+
+logger = logging.getLogger(__name__)
+
+MakePool = Callable[[Config, Sequence[Engine]], Any]
+Progress = Callable[[int, int, dict[str, float]], None]
+_CHECKPOINTS, _ALGORITHM, _STATE = "ppo_rllib", "algorithm.zip", "state.json"
+_ENV = "roro_routing"
+_EMPTY_ROUNDS = 5  # iterations in a row without an episode that was scored
+
+
+@dataclass(frozen=True, slots=True)
+class PpoResult:
+    """A finished training: its directory (a saved router), one row of metrics per iteration, runners restarted."""
+
+    router_dir: Path
+    finished: Finished
+    restarts: int = 0
+
+
+def make_engine_pool(config: Config, engines: Sequence[Engine]) -> Any:
+    """The pool of one env runner: with its own engines, or with `engines` where they live in actors of their own."""
+    from roro_ray.engines.pool import EnginePool, make_pool
+
+    return EnginePool(engines) if engines else make_pool(config.pool)
+
+
+def make_env(settings: dict[str, Any]) -> Any:
+    """What RLlib calls in every env runner: `settings` has the keys of `make_algorithm` and `num_envs`."""
+    from roro_ray.data.scoring import AnswerScorer
+    from roro_ray.routing.gym_env import RoutingVectorEnv
+    from roro_ray.routing.gym_world import RoutingWorld
+
+    config: Config = settings["config"]
+    pieces, vocabulary = load_pieces(config)
+    world = RoutingWorld(
+        settings["make_pool"](config, settings["engines"]),
+        settings["queries"],
+        config.episode,
+        config.router,
+        pieces,
+        vocabulary,
+        config.ppo.text_tokens,
+        AnswerScorer.from_config(config.data),
+    )
+    return RoutingVectorEnv(world, settings["num_envs"])
+
+
+def load_pieces(config: Config) -> tuple[Any, int]:
+    """The router's tokenizer and the size of its vocabulary; (None, 0) for a router of scalar signals only."""
+    from roro_ray.routing.router import EncoderBase, PieceTokenizer, load_encoder
+
+    router = config.router
+    if not router.encoder:
+        return None, 0
+    body, tokenizer = load_encoder(EncoderBase(router.encoder, router.encoder_revision, router.encoder_dtype, 0))
+    return PieceTokenizer(tokenizer), int(body.config.vocab_size)
+
+
+def make_algorithm(
+    config: Config, queries: Sequence[Query], engines: Sequence[Engine], make_pool: MakePool, seed: int
+) -> Any:
+    """RLlib's PPO, built: env runners as Ray actors, the learner in this process unless `ppo.learners` says otherwise.
+
+    Args:
+        seed: of the env runners' episodes; a training that goes on takes another one, so as not to repeat its first.
+    """
+    import gymnasium as gym
+    from ray.rllib.algorithms.ppo import PPOConfig
+    from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+    from ray.tune.registry import register_env
+
+    from actors.rllib_module import EpisodeSums, RouterLearner, RouterModule
+    from roro_ray.routing.gym_world import make_observation_space
+
+    ppo, ray_settings = config.ppo, config.ray
+    runner, learner = _runner_bundle(config), _learner_bundle(config)
+    register_env(_ENV, make_env)
+    vocabulary = load_pieces(config)[1]
+    settings = {"config": config, "queries": tuple(queries), "engines": tuple(engines), "make_pool": make_pool}
+    made = (
+        PPOConfig()
+        .environment(
+            _ENV,
+            env_config=settings,
+            observation_space=make_observation_space(vocabulary, ppo.text_tokens, config.router.cost_weight_high),
+            action_space=gym.spaces.Discrete(len(config.pool.models)),
+            disable_env_checking=True,
+        )
+        .env_runners(
+            num_env_runners=ray_settings.workers,
+            num_envs_per_env_runner=ppo.envs,
+            gym_env_vectorize_mode=gym.VectorizeMode.VECTOR_ENTRY_POINT,
+            num_cpus_per_env_runner=runner.resources["CPU"],
+            num_gpus_per_env_runner=runner.resources.get("GPU", 0),
+            custom_resources_per_env_runner=_custom(runner),
+            sample_timeout_s=config.episode.timeout_s,
+        )
+        .learners(
+            learner_class=RouterLearner,
+            num_learners=ppo.learners,
+            num_cpus_per_learner=learner.resources["CPU"],
+            num_gpus_per_learner=learner.resources.get("GPU", 0) if ppo.learners else 0,
+            custom_resources_per_learner=_custom(learner),
+        )
+        .training(
+            train_batch_size_per_learner=-(-ppo.decisions // max(ppo.learners, 1)),
+            minibatch_size=-(-ppo.minibatch // max(ppo.learners, 1)),
+            num_epochs=ppo.epochs,
+            lr=ppo.head_lr,  # the learner's own rates count
+            gamma=1.0,
+            lambda_=ppo.gae_lambda,
+            clip_param=ppo.clip,
+            entropy_coeff=ppo.entropy,
+            use_kl_loss=False,
+            vf_clip_param=float("inf"),
+            vf_loss_coeff=1.0,  # the critic shares no weights with the policy
+            grad_clip=config.router.grad_clip,
+            grad_clip_by="global_norm",
+        )
+        .rl_module(rl_module_spec=RLModuleSpec(module_class=RouterModule, model_config={"config": config}))
+        .callbacks(EpisodeSums)
+        .fault_tolerance(
+            restart_failed_env_runners=True,
+            delay_between_env_runner_restarts_s=1.0,
+            env_runner_health_probe_timeout_s=ray_settings.timeout_s,
+            env_runner_restore_timeout_s=ray_settings.timeout_s,
+        )
+        .debugging(seed=seed, log_level="ERROR")
+        .reporting(min_time_s_per_iteration=0, min_sample_timesteps_per_iteration=0)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return made.build_algo()
+
+
+def _runner_bundle(config: Config) -> Bundle:
+    return role_bundle(config, "rollout", config.ray.worker_cpus, config.ray.worker_gpus)
+
+
+def _learner_bundle(config: Config) -> Bundle:
+    return role_bundle(config, "learner", config.ray.learner_cpus, config.ray.learner_gpus)
+
+
+def _custom(bundle: Bundle) -> dict[str, float]:
+    return {name: amount for name, amount in bundle.resources.items() if name not in ("CPU", "GPU")}
+
+
+def ppo_bundles(config: Config) -> list[Bundle]:
+    """What the training asks of the cluster, one bundle an actor."""
+    bundles = [_runner_bundle(config)] * config.ray.workers + [_learner_bundle(config)] * config.ppo.learners
+    if config.pool.placement == "actors":
+        settings = config.ray
+        bundles += [
+            role_bundle(config, model.name, settings.engine_cpus, count_gpus(model, settings))
+            for model in config.pool.models
+        ]
+    return bundles
+
+
+def train_ppo(
+    config: Config,
+    run_dir: str | Path,
+    progress: Progress | None = None,
+    queries: Sequence[Query] | None = None,
+    make_pool: MakePool = make_engine_pool,
+) -> PpoResult:
+    """Train a router by PPO, or go on with a training that was stopped; a finished one is only read.
+
+    Args:
+        run_dir: the training writes to `run_dir/router/ppo_rllib`.
+        progress: called with (episodes done, episodes, metrics) after each iteration.
+        queries: what episodes draw from; those of GRPO when None.
+        make_pool: gives each env runner its models.
+
+    Raises:
+        ResourceError: the cluster cannot give what the env runners ask for.
+        CheckpointError: what lies there was made with other settings.
+        TrainingError: no episode could be scored for several iterations, or the training was begun anew too often.
+    """
+    directory = Path(run_dir).resolve() / "router" / METHOD
+    finished = load_finished_ppo(directory, config)
+    if finished is not None:
+        return PpoResult(directory, finished)
+    wait_for_resources(ppo_bundles(config), "PPO's env runners", config.ray)
+    drawn = list(queries if queries is not None else make_train_queries(config))
+    engines = start_engines(config) if config.pool.placement == "actors" else ()
+    try:
+        restarts = _Training(config, directory, drawn, engines, make_pool, progress).run()
+    finally:
+        _kill([engine.actor for engine in engines])
+    finished = load_finished_ppo(directory, config)
+    if finished is None:
+        raise TrainingError(f"PPO ended without a finished router in {directory}: run it again.")
+    return PpoResult(directory, finished, restarts)
+
+
+def _kill(actors: Sequence[Any]) -> None:
+    import ray
+
+    for actor in actors:
+        ray.kill(actor)
+
+
+class _Training:
+    """The loop of iterations: sample and learn (RLlib), record, checkpoint."""
+
+    def __init__(
+        self,
+        config: Config,
+        directory: Path,
+        queries: Sequence[Query],
+        engines: Sequence[Any],
+        make_pool: MakePool,
+        progress: Progress | None,
+    ) -> None:
+        self._config, self._directory, self._progress = config, directory, progress
+        self._settings = fix_ppo_settings(config)
+        self._checkpoint = find_checkpoint(directory / _CHECKPOINTS)
+        state = {"iteration": 0, "episodes": 0}
+        if self._checkpoint is not None:
+            state = json.loads((self._checkpoint / _STATE).read_text())
+            check_settings(state["settings"], self._settings, self._checkpoint)
+        self._run = PpoRun(config, directory, state["iteration"], state["episodes"])
+        seed = mix_seed(config.seed, "ppo episodes", state["iteration"]) % 2**31
+        self._algorithm = make_algorithm(config, queries, engines, make_pool, seed)
+
+    def run(self) -> int:
+        """Train to the end; returns how often env runners were restarted."""
+        try:
+            if self._checkpoint is not None:
+                self._restore(self._checkpoint)
+            else:
+                self._run.save_snapshot(self._network)
+            empty = 0
+            while not self._run.is_over:
+                metrics = self._iterate()
+                empty = empty + 1 if not metrics["scored"] else 0
+                if empty >= _EMPTY_ROUNDS:
+                    raise TrainingError(
+                        f"PPO: no episode was scored in {empty} iterations ({int(metrics['failed'])} failed in the "
+                        "last). See whether the pool's models answer (python -m jobs.doctor), and Ray's logs of the "
+                        "env runners."
+                    )
+            self._run.finish(self._network)
+            return int(self._algorithm.env_runner_group.num_remote_worker_restarts())
+        finally:
+            self._algorithm.stop()
+
+    @property
+    def _network(self) -> Any:
+        return self._algorithm.get_module().network
+
+    def _iterate(self) -> dict[str, float]:
+        """One iteration, written before its metrics are told."""
+        began, share = time.perf_counter(), self._run.progress
+        self._algorithm.learner_group.foreach_learner(lambda learner: setattr(learner, "progress", share))
+        result = self._algorithm.train()
+        metrics = {"iteration": float(self._run.iteration + 1), **read_result(result)}
+        metrics["restarts"] = float(self._algorithm.env_runner_group.num_remote_worker_restarts())
+        metrics["seconds"] = time.perf_counter() - began
+        self._run.write(metrics, self._network)
+        if self._run.iteration % self._config.router.checkpoint_every == 0 or self._run.is_over:
+            self._save()
+        if self._progress is not None:
+            self._progress(self._run.episodes, self._run.budget, metrics)
+        return metrics
+
+    def _save(self) -> None:
+        final = self._directory / _CHECKPOINTS / f"iteration_{self._run.iteration:06d}"
+        with tempfile.TemporaryDirectory(prefix="roro-ppo-") as folder, write_directory(final) as temporary:
+            self._algorithm.save_to_path(folder)
+            shutil.make_archive(str(temporary / Path(_ALGORITHM).stem), "zip", folder)
+            state = {"iteration": self._run.iteration, "episodes": self._run.episodes, "settings": self._settings}
+            (temporary / _STATE).write_text(json.dumps(state, indent=1) + "\n")
+        drop_old(self._directory / _CHECKPOINTS, keep=2)
+
+    def _restore(self, checkpoint: Path) -> None:
+        with tempfile.TemporaryDirectory(prefix="roro-ppo-") as folder:
+            shutil.unpack_archive(checkpoint / _ALGORITHM, folder)
+            self._algorithm.restore_from_path(folder)
+
+
+def read_result(result: dict[str, Any]) -> dict[str, float]:
+    """An iteration's metrics from RLlib's result: means over its scored episodes, counts, losses.
+
+    `episodes` ended, `failed` ended without an outcome (their steps count as cut short), `scored` is the rest; `lr` is
+    the head's.
+    """
+    runners, learners = result.get("env_runners", {}), result.get("learners", {}).get("default_policy", {})
+    sums = {name: float(value) for name, value in runners.get("routing", {}).items()}
+    episodes, failed = sums.get("episodes", 0.0), sums.get("failed", 0.0)
+    scored = episodes - failed
+    metrics = {"episodes": episodes, "failed": failed, "scored": scored}
+    for name in ("reward", "outcome", "large_share", "steps"):
+        metrics[name] = sums.get(name, 0.0) / scored if scored else float("nan")
+    metrics["decisions"] = float(runners.get("num_env_steps_sampled", 0.0))
+    for name in ("policy_loss", "vf_loss", "vf_explained_var", "entropy"):
+        metrics[name] = float(learners.get(name, float("nan")))
+    return metrics
