@@ -252,9 +252,10 @@ def _make_inputs(config: Config, run: RunDir, extra: dict[str, Path]) -> Any:
     from roro_ray.data.store import iter_trajectories
     from roro_ray.evaluation.evaluate import Inputs, collect_alone
     from roro_ray.evaluation.learning_curve import Snapshot
+    from roro_ray.learning.ppo_run import METHOD as PPO
     from roro_ray.learning.router_run import FINISHED, list_snapshots
 
-    places = {method: run.router(method) for method in ROUTER_SETTINGS} | extra
+    places = {method: run.router(method) for method in (*ROUTER_SETTINGS, PPO)} | extra
     routers = {method: place for method, place in places.items() if (place / FINISHED).is_file()}
     batch = config.router.queries * config.router.group_size
     snapshots: dict[str, Sequence[Snapshot]] = {

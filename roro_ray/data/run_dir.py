@@ -27,7 +27,7 @@ from roro_ray.data.versions import make_versions as make_versions
 from roro_ray.errors import ConfigError, DataError, RoroError
 from roro_ray.settings import changed_keys, load_saved_config, save_config
 
-STAGES = ("collect", "make_pairs", "warm_start", "learn_reward", "train_router", "evaluate")
+STAGES = ("collect", "make_pairs", "warm_start", "learn_reward", "train_router", "train_ppo", "evaluate")
 _SUITE_KEYS = ("data.suites", "data.train_suites", "data.sources", "data.split_shares")
 # The settings that shape each stage's output; `ray`, `storage`, `wandb` and `run_dir` never do.
 STAGE_KEYS: dict[str, tuple[str, ...]] = {
@@ -36,6 +36,7 @@ STAGE_KEYS: dict[str, tuple[str, ...]] = {
     "warm_start": ("warm.",),
     "learn_reward": ("reward.", "lora."),
     "train_router": ("router.", "data.router_queries"),
+    "train_ppo": ("ppo.",),
     "evaluate": ("evaluate.", "data.validation_queries", "data.test_queries"),
 }
 # Limits and sizes that change how fast a result comes, not which.
@@ -55,6 +56,7 @@ _FREE_KEYS = (
     "router.micro_batch",
     "router.gradient_checkpointing",
     "router.cache_mb",
+    *(f"ppo.{key}" for key in ("episodes", "envs", "learners", "text_tokens")),
 )
 
 
@@ -277,6 +279,7 @@ def _has_output(run: RunDir, stage: str) -> bool:
         "warm_start": "warm/model",  # what was written before may serve other settings
         "learn_reward": "reward",
         "train_router": "router",
+        "train_ppo": "router/ppo_rllib",
         "evaluate": "evaluation",
     }
     return run.mirror.has(folders[stage])

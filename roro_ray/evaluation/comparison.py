@@ -179,7 +179,7 @@ def _claims(summaries: Mapping[int, Summary]) -> list[str]:
             f"({'within' if reached else '**not** within'} 1 point) at a large share of {np.mean(share):.3f} "
             f"({'at most' if cheap else '**more than**'} {_TARGET_SHARE})."
         )
-    for rival in ("grpo_outcome", "grpo_outcome_tuned", "random_rubrics", "fixed_rubric", "roro_step"):
+    for rival in ("grpo_outcome", "grpo_outcome_tuned", "ppo_rllib", "random_rubrics", "fixed_rubric", "roro_step"):
         shares = _differences(summaries, rival, "cost_share")
         accuracies = _differences(summaries, rival, "accuracy")
         if shares and accuracies:

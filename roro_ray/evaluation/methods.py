@@ -57,6 +57,7 @@ METHODS: dict[str, MethodInfo] = {
     "glimpse": MethodInfo("GlimpRouter", "first token", "escalates where the first token is uncertain"),
     "grpo_outcome": MethodInfo("GRPO, outcome only", "router", "trained on outcome and cost alone"),
     "grpo_outcome_tuned": MethodInfo("GRPO, outcome only, tuned", "router", "its cost weight tuned on validation"),
+    "ppo_rllib": MethodInfo("PPO by RLlib, outcome only", "router", "another library, on outcome and cost alone"),
     "random_rubrics": MethodInfo("GRPO + random rubrics", "router", "the process reward reads random rubrics"),
     "fixed_rubric": MethodInfo("GRPO + one fixed rubric", "router", "the process reward reads one rubric for all"),
     "roro": MethodInfo("RoRo", "router", "trained on outcome, cost and the rubric's verdict"),
