@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser("compare", __doc__ or "", KEYS)
     parser.add_argument("--quick", action="store_const", const=str(QUICK), dest="config", help="a shortened form")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds (default: 3)")
+    parser.add_argument("--ppo", action="store_true", help="also the outcome-only baseline by RLlib's PPO")
     parser.add_argument("--output", default="docs/results.md", help="the page to write (default: docs/results.md)")
     return run_job(parser, _main, argv, lambda arguments: ["run_dir=runs/compare"])
 
@@ -50,16 +51,17 @@ def _main(config: Config, run: RunDir, arguments: argparse.Namespace) -> None:
         for seed in range(config.seed, config.seed + arguments.seeds):
             say(f"== Seed {seed}")
             mine = replace(config, seed=seed, run_dir=str(run.path / f"seed{seed}"))
-            summaries[seed], tuning[seed] = _run_seed(mine, open_run(mine), pool)
+            summaries[seed], tuning[seed] = _run_seed(mine, open_run(mine), pool, arguments.ppo)
             _write_page(Path(arguments.output), format_comparison(summaries, tuning, arguments.command))
     say(f"Wrote {arguments.output} after {time.monotonic() - began:.0f} s.")
     print(Path(arguments.output).read_text())
 
 
-def _run_seed(config: Config, run: RunDir, pool: RolloutPool) -> tuple[dict[str, Any], dict[str, Any]]:
+def _run_seed(config: Config, run: RunDir, pool: RolloutPool, ppo: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """All methods of one seed; what is there already is only read."""
     from jobs._together import run_together
     from jobs.stages import collect_stage, evaluate_stage, pairs_stage, reward_stage, router_stage
+    from jobs.train_ppo import ppo_stage
 
     collect_stage(config, run, pool)
     pairs_stage(config, run, pool)
@@ -73,6 +75,8 @@ def _run_seed(config: Config, run: RunDir, pool: RolloutPool) -> tuple[dict[str,
             for name, bounds in TUNING_RANGES.items()
         )
     )
+    if ppo:
+        ppo_stage(config, run)
     tuning = _tune(config, run, pool)
     chosen = run.router(tuning["chosen"])
     return evaluate_stage(config, run, pool, {"grpo_outcome_tuned": chosen}), tuning

@@ -8,6 +8,7 @@ COLOURS: dict[str, tuple[str, str]] = {
     "roro_step": ("#e07a5f", "#ffa07a"),
     "grpo_outcome": ("#2a6fbb", "#74b3f5"),
     "grpo_outcome_tuned": ("#5b4fc4", "#a99bff"),
+    "ppo_rllib": ("#0f8f8f", "#4fd0d0"),
     "random_rubrics": ("#8a6d3b", "#d8b46a"),
     "fixed_rubric": ("#a0522d", "#e09a6f"),
     "confidence": ("#2e8b57", "#6fd39b"),

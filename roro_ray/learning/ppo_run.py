@@ -21,11 +21,12 @@ from roro_ray.data.sources import describe_sources
 from roro_ray.learning.checkpoints import check_settings
 from roro_ray.learning.router_run import FINISHED, METRICS, Finished, cut_metrics, format_metrics, list_snapshots
 from roro_ray.learning.router_run import read_metrics as read_rows
+from roro_ray.plan import count_ppo_episodes
 from roro_ray.routing.router import RouterNetwork
 from roro_ray.routing.router_files import save_router
 
 METHOD = "ppo_rllib"
-CHECKPOINTS = "ppo_rllib"  # of the library's own format
+CHECKPOINTS = "ppo_rllib"  # RLlib's own, below the training's directory
 # The network and the episodes; how GRPO trains is not PPO's concern.
 _ROUTER_KEYS = (
     *("encoder", "encoder_revision", "encoder_dtype", "encoder_rank", "hidden", "prior", "peek"),
