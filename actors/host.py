@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from actors.rollout import RolloutPool
+from roro_ray.errors import MissingWeightsError
 from roro_ray.evaluation.oracle import OracleResult
 from roro_ray.routing.episode import EpisodeFailure, EpisodeSpec
 from roro_ray.routing.router_files import load_router
@@ -29,7 +31,8 @@ class ClusterHost:
         self._on_episodes = on_episodes
         # Of its own: a training that runs beside the evaluation publishes too.
         self._channel = f"host-{next(_CHANNELS)}"
-        self._version = 0
+        self._version: int | None = None
+        self._state: dict[str, Any] = {}
 
     def run(self, specs: Sequence[EpisodeSpec]) -> list[Trajectory | EpisodeFailure]:
         """Roll out episodes; results in the order of the specs."""
@@ -40,7 +43,14 @@ class ClusterHost:
             self._on_episodes(done - over)
             over = done
 
-        return self._pool.run(specs, channel=self._channel, progress=count)
+        try:
+            return self._pool.run(specs, self._version, self._channel, count)
+        except MissingWeightsError:
+            if self._version is None:
+                raise
+            over = 0
+            self._pool.publish(self._state, self._version, self._channel)
+            return self._pool.run(specs, self._version, self._channel, count)
 
     def use_router(self, directory: Path) -> None:
         """Publish a saved router to the workers.
@@ -49,8 +59,8 @@ class ClusterHost:
             CheckpointError: the directory holds no router for this pool.
         """
         network = load_router(directory, len(self._pool.facts[0].engines))
-        self._version += 1
-        self._pool.publish(network.learned_state(), self._version, self._channel)
+        self._version, self._state = (self._version or 0) + 1, network.learned_state()
+        self._pool.publish(self._state, self._version, self._channel)
 
     def find_oracle(self, queries: Sequence[Query]) -> list[OracleResult]:
         """Search the queries' fewest dear steps, each where the memo knows it.

@@ -21,12 +21,22 @@ from typing import Any
 
 from actors.capacity import wait_for_resources
 from actors.placement import make_scaling, role_bundle
-from actors.publish import BoardClient
+from actors.publish import BoardClient, Heard
 from actors.resources import Bundle
 from actors.reward_service import RewardClient
 from actors.rollout import RolloutPool
 from roro_ray.config import Config
-from roro_ray.errors import CheckpointError, ConfigError, DataError, DeadlineError, RoroError, TrainingError
+from roro_ray.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DeadlineError,
+    MissingWeightsError,
+    RolloutError,
+    RoroError,
+    ScoreError,
+    TrainingError,
+)
 from roro_ray.learning.router_run import RouterRun, check_resumable, load_finished, make_train_queries
 from roro_ray.types import Query
 
@@ -35,6 +45,7 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int, dict[str, float]], None]
 _TRAIN_STORAGE = "ray_train"
 _POLL_S = 0.25
+_END_S = 10.0  # for the other ranks to end after one has told what no restart cures
 _START_S = 120.0  # starting a worker group, importing torch and loading the router
 
 
@@ -126,7 +137,7 @@ class _Watch:
         self._name = name
         self._progress = progress
         self._board: BoardClient = job.pool.board
-        self._heard = 0
+        self._heard = Heard()
         self._starts = 0
         self._fatal: RoroError | None = None
         self._failure: BaseException | None = None
@@ -142,6 +153,8 @@ class _Watch:
             thread.join(_POLL_S)
             if self._listen():
                 last = time.monotonic()
+            if self._fatal is not None and time.monotonic() - last > _END_S:
+                break
             if time.monotonic() - last > patience:
                 raise DeadlineError(
                     f"router training {self._name!r}: no iteration ended in {patience:g} s. Raise episode.timeout_s or "
@@ -160,9 +173,8 @@ class _Watch:
 
     def _listen(self) -> bool:
         """Pass on what the ranks have said; whether they have said anything."""
-        messages = self._board.hear(self._job.channel, self._heard)
-        self._heard += len(messages)
-        for message in messages:
+        self._heard = self._board.hear(self._job.channel, self._heard)
+        for message in self._heard.messages:
             if message["kind"] == "started":
                 self._starts += 1
             elif message["kind"] == "error":
@@ -170,7 +182,7 @@ class _Watch:
             elif self._progress is not None:
                 metrics = message["metrics"]
                 self._progress(int(metrics["iteration"]), self._job.config.router.iterations, metrics)
-        return bool(messages)
+        return bool(self._heard.messages)
 
     def _fit(self) -> None:
         from ray.train import FailureConfig, RunConfig
@@ -202,13 +214,16 @@ def _first_line(error: BaseException) -> str:
 def train_loop(settings: dict[str, Any]) -> None:
     """What each rank runs.
 
-    An error that no restart cures (wrong settings, an unusable checkpoint) is told to the driver, and the loop
-    ends; anything else goes to Ray Train, which starts the group again.
+    An error that no restart cures (wrong settings, an unusable checkpoint, a full disk, more failures than the settings
+    bear) is told to the driver, and the loop ends; anything else goes to Ray Train, which starts the group again, and
+    that publishes the weights anew.
     """
     job: _Job = settings["job"]
     try:
         _train(job)
-    except (ConfigError, CheckpointError, DataError) as error:
+    except MissingWeightsError:
+        raise
+    except (ConfigError, CheckpointError, DataError, RolloutError, ScoreError) as error:
         job.pool.board.tell({"kind": "error", "error": error}, job.channel)
 
 

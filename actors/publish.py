@@ -4,17 +4,22 @@ Weights travel as one object-store reference with a version. The learner publish
 asked to roll out under another version than it holds pulls the reference; one that was restarted holds none and
 pulls as well. The board owns the references, so that they outlive a learner that is killed. It also keeps the
 learner's messages for the driver, which would otherwise hear nothing until training ends.
+
+It lives on the driver's node, so that no other node takes it along. Should its process die all the same, weights are
+missed (MissingWeightsError) by whoever asks for them next, and published again by whoever made them.
 """
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.waiting import wait_for
-from roro_ray.errors import ConfigError
+from roro_ray.errors import MissingWeightsError
 
 CHANNEL = "router"
 _TIMEOUT_S = 60.0
@@ -32,6 +37,15 @@ class Weights:
     refs: tuple[Any, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """Messages of a channel since the last time; `start` and `born` are what to ask with the next time."""
+
+    messages: tuple[dict[str, Any], ...] = ()
+    start: int = 0
+    born: str = ""
+
+
 class Board:
     """The actor behind `BoardClient`."""
 
@@ -39,6 +53,7 @@ class Board:
         self._serial = 0
         self._weights: dict[str, dict[int, Weights]] = {}
         self._messages: dict[str, list[dict[str, Any]]] = {}
+        self._born = uuid.uuid4().hex  # another after a restart, when messages are counted anew
 
     def publish(self, channel: str, version: int, blob: bytes, keep: int) -> Weights:
         self._serial += 1
@@ -54,7 +69,7 @@ class Board:
         if version is None:
             return next(reversed(held.values()), None)
         if version not in held:
-            raise ConfigError(
+            raise MissingWeightsError(
                 f"weights of version {version} are not on the board: channel {channel!r} holds "
                 f"{sorted(held) or 'none'}. Publish them first."
             )
@@ -63,8 +78,10 @@ class Board:
     def tell(self, channel: str, message: dict[str, Any]) -> None:
         self._messages.setdefault(channel, []).append(message)
 
-    def hear(self, channel: str, start: int) -> list[dict[str, Any]]:
-        return self._messages.get(channel, [])[start:]
+    def hear(self, channel: str, start: int, born: str) -> Heard:
+        first = start if born == self._born else 0
+        messages = self._messages.get(channel, [])
+        return Heard(tuple(messages[first:]), len(messages), self._born)
 
 
 @dataclass(frozen=True)
@@ -76,8 +93,10 @@ class BoardClient:
 
     @classmethod
     def start(cls) -> BoardClient:
-        """Start a board; it asks for no CPU."""
-        return cls(ray.remote(Board).options(num_cpus=0, max_restarts=-1, max_task_retries=2).remote())
+        """Start a board on this node; it asks for no CPU."""
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor = ray.remote(Board).options(num_cpus=0, max_restarts=-1, max_task_retries=2, scheduling_strategy=here)
+        return cls(actor.remote())
 
     def publish(self, blob: bytes, version: int, channel: str = CHANNEL, keep: int = 2) -> Weights:
         """Publish weights (serialised) under a version; the last `keep` versions of a channel stay available."""
@@ -88,7 +107,7 @@ class BoardClient:
         """The weights of a version, or the last published (None where nothing is) when no version is named.
 
         Raises:
-            ConfigError: that version is not on the board.
+            MissingWeightsError: that version is not on the board.
         """
         return self._wait(self.actor.look_up.remote(channel, version), "looking up the router's weights")
 
@@ -96,9 +115,11 @@ class BoardClient:
         """Leave a message for the driver; does not wait."""
         self.actor.tell.remote(channel, message)
 
-    def hear(self, channel: str, start: int = 0) -> list[dict[str, Any]]:
-        """The messages of a channel from the `start`-th on."""
-        return self._wait(self.actor.hear.remote(channel, start), "reading the learner's messages")
+    def hear(self, channel: str, last: Heard | None = None) -> Heard:
+        """The messages of a channel since the `last` time; those that a board took with it when it died are lost."""
+        last = last or Heard()
+        heard = self.actor.hear.remote(channel, last.start, last.born)
+        return self._wait(heard, "reading the learner's messages")
 
     def stop(self) -> None:
         """End the board's process."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.exceptions import ObjectLostError
 
 from actors.capacity import wait_for_resources
 from actors.dispatch import Dispatch, Limits, Progress
@@ -26,6 +27,7 @@ from actors.versions import Room, VersionSlots
 from actors.waiting import wait_async, wait_for
 from roro_ray.config import Config
 from roro_ray.engines.protocol import Engine, EngineFacts
+from roro_ray.errors import MissingWeightsError
 from roro_ray.routing.episode import EpisodeFailure, EpisodeSpec
 from roro_ray.types import Query, Trajectory
 
@@ -191,18 +193,22 @@ class RolloutPool:
             progress: called with (episodes done, episodes) as results arrive.
 
         Raises:
-            ConfigError: a strategy or the version does not exist.
+            ConfigError: a strategy does not exist.
+            MissingWeightsError: the version does not exist, or was lost with the board.
             DeadlineError: nothing arrived for longer than `episode.timeout_s`.
             EngineError: no worker is left, or the same episodes ended several workers.
         """
         needs_router = any(spec.strategy.startswith("router") for spec in specs)
-        weights = self.board.look_up(version, channel) if needs_router else None
+        weights = self.board.look_up(version, channel) if needs_router else None  # None: the network's first ones
         query_ids = [spec.query.id for spec in specs]
 
         def call(worker: Any, part: Sequence[EpisodeSpec]) -> Any:
             return worker.run.remote(part, weights)
 
-        return Dispatch(self.workers, specs, query_ids, call, self._limits(self.chunk)).run(progress)
+        try:
+            return Dispatch(self.workers, specs, query_ids, call, self._limits(self.chunk)).run(progress)
+        except ObjectLostError as error:  # the board died, and with it the weights that it owned
+            raise MissingWeightsError(f"the router's weights of version {version} were lost: {error}") from error
 
     def find_oracle(self, queries: Sequence[Query], seed: int) -> list[OracleResult]:
         """The fewest dear steps of each query, searched where the memo knows it; results in the queries' order.

@@ -14,12 +14,20 @@ class ConfigError(RoroError, ValueError):
     """A configuration key or value is wrong."""
 
 
+class MissingWeightsError(ConfigError):
+    """Weights were never published, or were lost with the process that held them: publish them (again)."""
+
+
 class CalibrationError(ConfigError):
     """A calibration is damaged, was measured with other models, or has no point that meets a target."""
 
 
 class DataError(RoroError, ValueError):
     """A file or a record is unreadable, truncated or of another schema."""
+
+
+class FullDiskError(DataError, OSError):
+    """There was no room to write a file; what was there before it still is."""
 
 
 class RubricError(RoroError, ValueError):

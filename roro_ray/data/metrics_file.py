@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from roro_ray.data.files import append_line
+
 
 def append_metrics(path: str | Path, record: Mapping[str, Any]) -> None:
-    """Append one JSON line in a single write, so that processes do not mix; closes off a half line that a kill left."""
-    path = Path(path)
-    line = json.dumps(_finite({"time": round(time.time(), 3), **record}), default=str) + "\n"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        # Look and write as one: else the look may meet another process's write halfway and take it for a cut line.
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            line = "\n" + line
-        os.write(descriptor, line.encode())
-    finally:
-        os.close(descriptor)
+    """Append one JSON line, whole or not at all, safely from several processes (see `files.append_line`).
+
+    Raises:
+        FullDiskError: there was no room for it.
+    """
+    append_line(path, json.dumps(_finite({"time": round(time.time(), 3), **record}), default=str))
 
 
 def _finite(value: Any) -> Any:

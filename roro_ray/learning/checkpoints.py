@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from roro_ray.data.files import explain_full_disk
 from roro_ray.errors import CheckpointError
 from roro_ray.learning.router_training import RouterTrainer
 from roro_ray.routing.router import fill_router
@@ -59,19 +60,32 @@ def save_checkpoint(directory: Path, trainer: RouterTrainer, settings: dict[str,
 
 @contextmanager
 def write_directory(final: Path) -> Iterator[Path]:
-    """A temporary directory to write files to; it takes the place of `final`, with its marker, when the block ends."""
-    final.parent.mkdir(parents=True, exist_ok=True)
+    """A temporary directory to write files to; it takes the place of `final`, with its marker, when the block ends.
+
+    Raises:
+        FullDiskError: there was no room for it; what stood there before still does.
+    """
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    yield temporary
-    files = {path.name: [path.stat().st_size, zlib.crc32(path.read_bytes())] for path in sorted(temporary.iterdir())}
-    (temporary / MARKER).write_text(json.dumps(files) + "\n")
-    for path in temporary.iterdir():
-        _sync(path)
+    try:
+        with explain_full_disk(final):
+            temporary.mkdir(parents=True)
+            yield temporary
+            _mark(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # a disk that is full would stay so
+        raise
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
     _sync(final.parent)
+
+
+def _mark(directory: Path) -> None:
+    """Write the marker and put everything on disk."""
+    files = {path.name: [path.stat().st_size, zlib.crc32(path.read_bytes())] for path in sorted(directory.iterdir())}
+    (directory / MARKER).write_text(json.dumps(files) + "\n")
+    for path in directory.iterdir():
+        _sync(path)
 
 
 def drop_old(directory: Path, keep: int) -> None:

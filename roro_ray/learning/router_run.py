@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from roro_ray.config import Config
-from roro_ray.data.files import write_whole
+from roro_ray.data.files import append_line, explain_full_disk, write_whole
 from roro_ray.data.sources import describe_sources, make_stage_queries
 from roro_ray.errors import CheckpointError
 from roro_ray.learning.checkpoints import (
@@ -198,8 +198,7 @@ class RouterRun:
                 temporary.write_text(json.dumps(facts, indent=1) + "\n")
 
     def _write(self, metrics: dict[str, float]) -> None:
-        with (self._directory / METRICS).open("a") as file:
-            file.write(format_metrics(metrics))
+        append_line(self._directory / METRICS, format_metrics(metrics).rstrip("\n"))
         self._save_snapshot()
         if self.at_checkpoint:
             save_checkpoint(self._directory / _CHECKPOINTS, self.trainer, self._settings)
@@ -211,6 +210,11 @@ class RouterRun:
         final = self._directory / _SNAPSHOTS / f"iteration_{done:06d}"
         temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        save_router(self.trainer.network, temporary, done)
+        try:
+            with explain_full_disk(final):
+                save_router(self.trainer.network, temporary, done)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)  # a disk that is full would stay so
+            raise
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)

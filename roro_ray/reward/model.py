@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from roro_ray.config import RewardConfig
+from roro_ray.data.files import explain_full_disk
 from roro_ray.errors import CheckpointError, ConfigError, did_you_mean
 from roro_ray.reward.generic import make_fixed_rubric, make_random_rubric
 from roro_ray.reward.judge import Judge
@@ -105,12 +106,17 @@ def save_reward(reward: RewardModel, directory: str | Path) -> Path:
     target = Path(directory)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    for name, part in (("rubricor", reward.rubricor), ("judge", reward.judge)):
-        part.model.save_pretrained(temporary / name)
-        part.tokenizer.save_pretrained(temporary / name)
     facts = {"rubricor_version": reward.rubricor.version, "judge_version": reward.judge.version}
-    (temporary / _FACTS).write_text(json.dumps(facts) + "\n")
-    (temporary / DONE).touch()
+    try:
+        with explain_full_disk(target):
+            for name, part in (("rubricor", reward.rubricor), ("judge", reward.judge)):
+                part.model.save_pretrained(temporary / name)
+                part.tokenizer.save_pretrained(temporary / name)
+            (temporary / _FACTS).write_text(json.dumps(facts) + "\n")
+            (temporary / DONE).touch()
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # a disk that is full would stay so
+        raise
     if target.exists():
         shutil.rmtree(target)
     temporary.rename(target)
