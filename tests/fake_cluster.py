@@ -31,6 +31,7 @@ from typing import Any
 
 import psutil
 from processes import BIN, ROOT, clean_environment, free_ports, short_temp_dir, wait_for_port
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
 _HEAD = "ray.head.default"  # the name that Ray's fake provider gives it
 _STORE_BYTES = 100 * 2**20
@@ -117,25 +118,33 @@ def many_nodes(cpus: float = 1) -> Iterator[Cluster]:
     """A head alone, to which `add_node` adds others; no autoscaler."""
     with short_temp_dir() as temp_dir:
         port = free_ports(1)[0]
-        with _running(temp_dir, port, _node_options({"CPU": cpus}, {}), {}) as cluster:
+        # A node that is gone is missed after 2 s, not after 15.
+        environment = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "4"}
+        with _running(temp_dir, port, _node_options({"CPU": cpus}, {}), environment) as cluster:
             yield cluster
 
 
 @contextmanager
 def fake_cluster(
-    types: Mapping[str, FakeType], idle_s: float = 6, head_cpus: float = 1, most: int = 8
+    types: Mapping[str, FakeType], idle_s: float = 6, head_cpus: float = 1, most: int = 8, version: int = 1
 ) -> Iterator[Cluster]:
     """A head of `head_cpus`, and an autoscaler that launches nodes of `types` and takes idle ones away after `idle_s`.
 
     Args:
         most: nodes beside the head, of all types together.
+        version: of Ray's autoscaler: 1 is that of `ray up`, 2 that of KubeRay, which also minds labels.
     """
     with short_temp_dir() as temp_dir:
         port = free_ports(1)[0]
         place = temp_dir / "cluster.json"
-        place.write_text(json.dumps(_make_config(types, idle_s, head_cpus, most, f"127.0.0.1:{port}")))
+        config = _make_config(types, idle_s, head_cpus, most, f"127.0.0.1:{port}")
+        place.write_text(json.dumps(config))
         options = [*_node_options({"CPU": head_cpus}, {}), f"--autoscaling-config={place}"]
         environment = {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
+        if version == 2:  # it has to recognise the head, which it did not launch
+            names = ("RAY_OVERRIDE_NODE_ID_FOR_TESTING", "RAY_CLOUD_INSTANCE_ID")
+            environment |= {"RAY_enable_autoscaler_v2": "1", "RAY_NODE_TYPE_NAME": _HEAD}
+            environment |= dict.fromkeys(names, FAKE_HEAD_NODE_ID)
         with _running(temp_dir, port, options, environment) as cluster:
             yield cluster
 
@@ -145,7 +154,10 @@ def _make_config(
 ) -> dict[str, Any]:
     """A cluster file for Ray's fake provider; without any one of the provider's keys it does not work."""
     provider = {
-        "type": "fake_multinode",
+        # By its own name it would want a file that the wheel lacks (autoscaler 2).
+        "type": "external",
+        "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+        "head_node_id": FAKE_HEAD_NODE_ID,
         "launch_multiple": True,  # else one node a launch
         "disable_node_updaters": True,  # else it wants an ssh_user
         "disable_launch_config_check": True,
