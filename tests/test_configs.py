@@ -31,9 +31,10 @@ def load(name: str) -> Config:
 
 
 def test_the_files_are_those_that_the_documents_name() -> None:
-    assert {file.stem for file in FILES} == ON_GPUS | {"api_pair", "tiny_vllm"}
-    told = (ROOT / "docs" / "real-models.md").read_text("utf-8")
-    assert all(f"configs/{file.name}" in told for file in FILES)
+    assert {file.stem for file in FILES} == ON_GPUS | {"api_pair", "tiny_vllm", "cluster"}
+    documents = {file.stem: "cluster.md" if file.stem == "cluster" else "real-models.md" for file in FILES}
+    for name, document in documents.items():
+        assert f"configs/{name}.yaml" in (ROOT / "docs" / document).read_text("utf-8")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -64,7 +65,7 @@ def test_every_job_plans_with_every_config_and_asks_nobody(
     printed = capsys.readouterr().out
     assert "WARNING" not in printed and not (tmp_path / "run").exists()
     assert "assumed      " in printed and re.search(r"collect: [\d,]+ episodes", printed)
-    if file.stem in ON_GPUS:
+    if file.stem in ON_GPUS | {"cluster"}:
         assert "GPU hours in all" in printed and "unknown" not in printed
     if file.stem == "api_pair":
         assert "USD in all" in printed and "GPUs         none" in printed
