@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.capacity import wait_for_resources
+from actors.fleet import start_engines
 from actors.placement import role_bundle
 from actors.resources import Bundle
 from roro_ray.config import Config
@@ -27,7 +28,7 @@ from roro_ray.engines.protocol import Engine
 from roro_ray.errors import TrainingError
 from roro_ray.gpu_checks import count_gpus
 from roro_ray.learning.checkpoints import check_settings, drop_old, find_checkpoint, write_directory
-from roro_ray.learning.ppo_run import METHOD, PpoRun, fix_ppo_settings, load_finished_ppo
+from roro_ray.learning.ppo_run import CHECKPOINTS, METHOD, PpoRun, fix_ppo_settings, load_finished_ppo
 from roro_ray.learning.router_run import Finished, make_train_queries
 from roro_ray.routing.draws import mix_seed
 from roro_ray.types import Query
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 MakePool = Callable[[Config, Sequence[Engine]], Any]
 Progress = Callable[[int, int, dict[str, float]], None]
-_CHECKPOINTS, _ALGORITHM, _STATE = "ppo_rllib", "algorithm.zip", "state.json"
+_ALGORITHM, _STATE = "algorithm.zip", "state.json"
 _ENV = "roro_routing"
 _EMPTY_ROUNDS = 5  # iterations in a row without an episode that was scored
 
@@ -146,7 +147,7 @@ def make_algorithm(
             entropy_coeff=ppo.entropy,
             use_kl_loss=False,
             vf_clip_param=float("inf"),
-            vf_loss_coeff=1.0,  # the critic shares no weights with the policy
+            vf_loss_coeff=ppo.value_weight,
             grad_clip=config.router.grad_clip,
             grad_clip_by="global_norm",
         )
@@ -216,11 +217,13 @@ def train_ppo(
         return PpoResult(directory, finished)
     wait_for_resources(ppo_bundles(config), "PPO's env runners", config.ray)
     drawn = list(queries if queries is not None else make_train_queries(config))
-    engines = start_engines(config) if config.pool.placement == "actors" else ()
+    fleet = start_engines(config) if config.pool.placement == "actors" else None
+    engines = fleet.engines if fleet is not None else ()
     try:
         restarts = _Training(config, directory, drawn, engines, make_pool, progress).run()
     finally:
-        _kill([engine.actor for engine in engines])
+        if fleet is not None:
+            fleet.stop()
     finished = load_finished_ppo(directory, config)
     if finished is None:
         raise TrainingError(f"PPO ended without a finished router in {directory}: run it again.")
@@ -248,7 +251,7 @@ class _Training:
     ) -> None:
         self._config, self._directory, self._progress = config, directory, progress
         self._settings = fix_ppo_settings(config)
-        self._checkpoint = find_checkpoint(directory / _CHECKPOINTS)
+        self._checkpoint = find_checkpoint(directory / CHECKPOINTS)
         state = {"iteration": 0, "episodes": 0}
         if self._checkpoint is not None:
             state = json.loads((self._checkpoint / _STATE).read_text())
@@ -299,13 +302,13 @@ class _Training:
         return metrics
 
     def _save(self) -> None:
-        final = self._directory / _CHECKPOINTS / f"iteration_{self._run.iteration:06d}"
+        final = self._directory / CHECKPOINTS / f"iteration_{self._run.iteration:06d}"
         with tempfile.TemporaryDirectory(prefix="roro-ppo-") as folder, write_directory(final) as temporary:
             self._algorithm.save_to_path(folder)
             shutil.make_archive(str(temporary / Path(_ALGORITHM).stem), "zip", folder)
             state = {"iteration": self._run.iteration, "episodes": self._run.episodes, "settings": self._settings}
             (temporary / _STATE).write_text(json.dumps(state, indent=1) + "\n")
-        drop_old(self._directory / _CHECKPOINTS, keep=2)
+        drop_old(self._directory / CHECKPOINTS, keep=2)
 
     def _restore(self, checkpoint: Path) -> None:
         with tempfile.TemporaryDirectory(prefix="roro-ppo-") as folder:
@@ -327,6 +330,9 @@ def read_result(result: dict[str, Any]) -> dict[str, float]:
     for name in ("reward", "outcome", "large_share", "steps"):
         metrics[name] = sums.get(name, 0.0) / scored if scored else float("nan")
     metrics["decisions"] = float(runners.get("num_env_steps_sampled", 0.0))
+    timers = result.get("timers", {})
+    for name, timer in (("sample", "env_runner_sampling_timer"), ("learn", "learner_update_timer")):
+        metrics[f"seconds_{name}"] = float(timers.get(timer, float("nan")))
     for name in ("policy_loss", "vf_loss", "vf_explained_var", "entropy"):
         metrics[name] = float(learners.get(name, float("nan")))
     return metrics

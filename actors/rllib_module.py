@@ -37,8 +37,8 @@ _ROWS_PER_PASS = 32
 class RouterModule(TorchRLModule, ValueFunctionAPI):
     """A router network and a critic; `model_config` holds the run's `config`.
 
-    The first weights are those that GRPO begins with under the same seed. The critic reads the encoder's states and
-    does not shape them: only the policy's gradient does, as in GRPO.
+    The first weights are those that GRPO begins with under the same seed. The critic shares the encoder with the policy
+    and shapes it too: whether a query is going to be answered is what both must read from its text.
     """
 
     def setup(self) -> None:
@@ -78,7 +78,7 @@ class RouterModule(TorchRLModule, ValueFunctionAPI):
     def _join(self, states_BC: torch.Tensor | None, signals_BF: torch.Tensor) -> torch.Tensor:
         if states_BC is None:
             return signals_BF
-        normed_BC = F.layer_norm(states_BC.detach().float(), (self.network.width,))
+        normed_BC = F.layer_norm(states_BC.float(), (self.network.width,))
         return torch.cat([normed_BC, signals_BF], dim=-1)
 
     def _recall(self, obs: Batch) -> torch.Tensor:

@@ -34,8 +34,9 @@ def _main(config: Config, run: RunDir, _: argparse.Namespace) -> None:
 def ppo_stage(config: Config, run: RunDir) -> None:
     """Train by PPO under `router/ppo_rllib`; finished work is not done again. Needs Ray."""
     from actors.rllib import train_ppo
-    from roro_ray.learning.ppo_run import METHOD, count_ppo_episodes, load_finished_ppo
+    from roro_ray.learning.ppo_run import METHOD, load_finished_ppo
     from roro_ray.learning.router_run import FINISHED, METRICS
+    from roro_ray.plan import count_ppo_episodes
 
     directory = run.router(METHOD)
     run.fetch(directory / FINISHED, directory / METRICS)

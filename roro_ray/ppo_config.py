@@ -13,12 +13,13 @@ class PpoConfig:
 
     episodes: int = 0  # to train on; 0: as many as GRPO has (router.iterations x router.queries x router.group_size)
     decisions: int = 896  # in one iteration's batch; episodes of the embedded world have about 7 each
-    epochs: int = 4  # passes over each batch
-    minibatch: int = 448  # decisions in one optimizer step
+    epochs: int = 8  # passes over each batch
+    minibatch: int = 224  # decisions in one optimizer step
     head_lr: float = 2e-3  # of the decision head and the critic
     encoder_lr: float = 5e-4
     clip: float = 0.2  # PPO ratio clip
     entropy: float = 0.01  # entropy bonus
+    value_weight: float = 0.5  # of the critic's loss, whose gradient shapes the encoder too
     gae_lambda: float = 0.95  # 1: advantages from whole returns, 0: from one step and the critic
     envs: int = 32  # episodes side by side in each env runner
     text_tokens: int = 1024  # most of the router's tokens of query and steps that an observation holds
@@ -34,7 +35,7 @@ def check_ppo(settings: PpoConfig) -> None:
     for key in ("decisions", "epochs", "minibatch", "envs", "text_tokens"):
         if getattr(settings, key) < 1:
             raise ConfigError(f"ppo.{key}: got {getattr(settings, key)}, expected at least 1.")
-    for key in ("episodes", "entropy", "learners"):
+    for key in ("episodes", "entropy", "value_weight", "learners"):
         if getattr(settings, key) < 0:
             raise ConfigError(f"ppo.{key}: got {getattr(settings, key)}, expected at least 0.")
     for key in ("head_lr", "encoder_lr", "clip"):

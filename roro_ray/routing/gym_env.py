@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
 
+from roro_ray.routing.draws import mix_seed
 from roro_ray.routing.gym_world import Info, Obs, RoutingWorld, Seat, StepResult
 
 T = TypeVar("T")
@@ -59,11 +60,16 @@ class RoutingEnv(gym.Env[Obs, int]):
         return self._loop.run_until_complete(work)
 
 
+def spread_seed(seed: int, index: int) -> int:
+    """The seed of one environment among many; not `seed + index`, since RLlib's env runners have seeds in a row."""
+    return mix_seed(seed, index) % 2**31
+
+
 class RoutingVectorEnv(gym.vector.VectorEnv[Obs, npt.NDArray[Any], npt.NDArray[Any]]):
     """Several episodes side by side in one event loop: their steps meet in the engines' batches.
 
-    Environment i, seeded with `seed + i`, is a `RoutingEnv` with that seed. A finished one is reset at its next step
-    (Gymnasium's `NEXT_STEP`).
+    Seeded with `seed`, environment i is a `RoutingEnv` seeded with `spread_seed(seed, i)`. A finished one is reset at
+    its next step (Gymnasium's `NEXT_STEP`).
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": [], "autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
@@ -85,7 +91,9 @@ class RoutingVectorEnv(gym.vector.VectorEnv[Obs, npt.NDArray[Any], npt.NDArray[A
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Obs, Info]:
         """Begin an episode in each environment."""
-        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed or [None] * self.num_envs
+        if isinstance(seed, int):
+            seed = [spread_seed(seed, index) for index in range(self.num_envs)]
+        seeds = seed or [None] * self.num_envs
         for index, each in enumerate(seeds):
             if each is not None:
                 self._randoms[index], _ = gym.utils.seeding.np_random(each)

@@ -167,8 +167,8 @@ class Seat:
             if not chosen:
                 raise ConfigError(f"reset got the query {options['query']!r}, expected the id of one of this world's")
             query = chosen[0]
-        cost_weight = float(options.get("cost_weight", cost_weight))
-        return EpisodeSpec(f"step/{query.id}/{seed}", query, "step", int(options.get("seed", seed)), cost_weight)
+        cost_weight, seed = float(options.get("cost_weight", cost_weight)), int(options.get("seed", seed))
+        return EpisodeSpec(f"step/{query.id}/{seed}", query, "step", seed, cost_weight)
 
     def _observe(self, observation: Observation) -> Obs:
         return self._world.observe(
