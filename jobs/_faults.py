@@ -21,8 +21,10 @@ _SHARES = {
     "small_groups": ("groups",),
     "score_errors": ("scores",),
     "oracle_errors": ("searches",),
+    "requests_retried": ("requests",),
+    "requests_moved": ("requests",),
 }
-_DEATHS = ("worker_deaths", "engine_deaths", "reward_restarts", "learner_restarts")
+_DEATHS = ("worker_deaths", "engine_deaths", "engine_hangs", "reward_restarts", "learner_restarts")
 
 
 @contextmanager
