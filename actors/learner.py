@@ -3,14 +3,14 @@
 The algorithm is `learning.router_training.RouterTrainer`; here are its lifetimes. Each rank rolls out, scores and
 differentiates its share of an iteration's groups, gradients are summed over the ranks, rank 0 writes. Checkpoints are
 ours (whole or not there), so a worker group that Ray Train restarts, and a run that is started again, go on from the
-last one and end with the weights that a run without interruption has.
+last one and end with the weights that a run without interruption has. Where the run is remote, each rank works on the
+copy of its node: rank 0 uploads every checkpoint, and all ranks begin with the one that is there.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import shutil
 import threading
 import time
 import uuid
@@ -25,7 +25,9 @@ from actors.publish import BoardClient, Heard
 from actors.resources import Bundle
 from actors.reward_service import RewardClient
 from actors.rollout import RolloutPool
+from actors.storage import drop_train_notes, meet, train_storage
 from roro_ray.config import Config
+from roro_ray.data.mirror import Mirror, Part
 from roro_ray.errors import (
     CheckpointError,
     ConfigError,
@@ -37,13 +39,22 @@ from roro_ray.errors import (
     ScoreError,
     TrainingError,
 )
-from roro_ray.learning.router_run import RouterRun, check_resumable, load_finished, make_train_queries
+from roro_ray.learning.router_run import (
+    FINISHED,
+    METRICS,
+    RESUMED_FROM,
+    SNAPSHOTS,
+    RouterRun,
+    check_resumable,
+    load_finished,
+    make_train_queries,
+)
+from roro_ray.routing.router_files import ROUTER_FILES
 from roro_ray.types import Query
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, dict[str, float]], None]
-_TRAIN_STORAGE = "ray_train"
 _POLL_S = 0.25
 _END_S = 10.0  # for the other ranks to end after one has told what no restart cures
 _START_S = 120.0  # starting a worker group, importing torch and loading the router
@@ -68,7 +79,7 @@ class _Job:
     """What every rank is given."""
 
     config: Config
-    router_dir: str
+    router: Part
     queries: tuple[Query, ...]
     pool: RolloutPool
     reward: RewardClient | None
@@ -80,14 +91,15 @@ def train_router(
     name: str,
     rollout_pool: RolloutPool,
     reward_service: RewardClient | None,
-    run_dir: str | Path,
+    run_dir: str | Path | Mirror,
     progress: Progress | None = None,
     queries: list[Query] | None = None,
 ) -> TrainResult:
     """Train a router by GRPO, or go on with a training that was stopped; a finished one is only read.
 
     Args:
-        name: of the training; it writes to `run_dir/router/name` (a file system that driver and ranks share).
+        name: of the training; it writes to `run_dir/router/name`.
+        run_dir: a path on a file system that driver and ranks share, or the mirror of a remote run.
         reward_service: may be None where `router.beta` is 0.
         progress: called with (iterations done, iterations, metrics) after each iteration.
         queries: what iterations draw from; the embedded world's training queries when None.
@@ -98,12 +110,15 @@ def train_router(
         CheckpointError: what lies there was made with other settings or is of another shape.
         TrainingError: the ranks failed more often than `router.max_failures`.
         DeadlineError: no iteration ended for longer than rollouts and scoring may take.
+        DataError: the store of a remote run does not answer, or another job has taken it over.
     """
     if config.router.beta and reward_service is None:
         raise ConfigError(
             f"router.beta is {config.router.beta} and there is no reward service: start one, or set router.beta=0."
         )
-    router_dir = (Path(run_dir) / "router" / name).resolve()
+    router = (run_dir if isinstance(run_dir, Mirror) else Mirror(run_dir)).part(f"router/{name}")
+    router.pull(*RESUMED_FROM)
+    router_dir = router.path
     finished = load_finished(router_dir, config)
     if finished is not None:
         return TrainResult(router_dir, finished.metrics, finished.snapshots)
@@ -113,12 +128,13 @@ def train_router(
     drawn = tuple(queries if queries is not None else make_train_queries(config))
     channel = f"{name}-{uuid.uuid4().hex[:8]}"
     router_dir.mkdir(parents=True, exist_ok=True)
-    job = _Job(config, str(router_dir), drawn, rollout_pool, reward_service, channel)
+    job = _Job(config, router, drawn, rollout_pool, reward_service, channel)
     restarts = _Watch(job, name, progress).run()
+    router.pull(FINISHED, METRICS, SNAPSHOTS, *ROUTER_FILES)
     finished = load_finished(router_dir, config)
     if finished is None:
-        raise TrainingError(f"router training {name!r} ended without a finished router in {router_dir}: run it again.")
-    shutil.rmtree(router_dir / _TRAIN_STORAGE, ignore_errors=True)  # Ray Train's own notes, of no use any more
+        raise TrainingError(f"router training {name!r} ended, and {router.place} has no finished router: run it again.")
+    drop_train_notes(router)
     return TrainResult(router_dir, finished.metrics, finished.snapshots, restarts)
 
 
@@ -167,7 +183,7 @@ class _Watch:
             raise TrainingError(
                 f"router training {self._name!r} failed {config.router.max_failures + 1} times, the last time with: "
                 f"{_first_line(self._failure)}. What was learned is kept in "
-                f"{self._job.router_dir}: run it again to go on."
+                f"{self._job.router.place}: run it again to go on."
             ) from self._failure
         return max(self._starts - 1, 0)
 
@@ -197,7 +213,7 @@ class _Watch:
                 scaling_config=make_scaling(_rank_bundle(config), config.router.workers),
                 run_config=RunConfig(
                     name=self._job.channel,  # never used before: resuming is our checkpoints' business
-                    storage_path=str(Path(self._job.router_dir) / _TRAIN_STORAGE),
+                    **train_storage(self._job.router),
                     failure_config=FailureConfig(max_failures=config.router.max_failures),
                 ),
             ).fit()
@@ -257,14 +273,18 @@ def _train(job: _Job) -> None:
 
     score = None if job.reward is None else job.reward.score
     started = time.perf_counter()
-    router_run = RouterRun(
-        config, Path(job.router_dir), job.queries, run, score, publish, Share(rank, world, add), device
-    )
+    meet(job.router, rank, world, RESUMED_FROM)
+    directory = job.router.path
+    router_run = RouterRun(config, directory, job.queries, run, score, publish, Share(rank, world, add), device)
     if rank == 0:
         resumed = {"iteration": router_run.trainer.iteration, "pid": os.getpid()}
         job.pool.board.tell({"kind": "started", "seconds": time.perf_counter() - started, **resumed}, job.channel)
     for metrics in router_run.iterate():
         if rank == 0:
+            if router_run.at_checkpoint:
+                job.router.push()
             job.pool.board.tell({"kind": "metrics", "metrics": {**metrics, "pid": os.getpid()}}, job.channel)
         if router_run.at_checkpoint:
             ray.train.report(metrics)  # waits for every rank and the controller, so not every iteration
+    if rank == 0:
+        job.router.push()

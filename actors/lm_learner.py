@@ -9,11 +9,11 @@ which waits for a result, notices nothing but the time.
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 import time
 import uuid
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,10 +25,20 @@ from actors.command_board import CommandBoard, GroupFacts
 from actors.lm_worker import POLL_S, LmJob, Stop, serve_commands
 from actors.placement import make_scaling, role_bundle
 from actors.resources import Bundle
+from actors.storage import drop_train_notes, train_storage
 from roro_ray.config import Config
+from roro_ray.data.mirror import Mirror, Part
 from roro_ray.errors import ConfigError, DeadlineError, RoroError, TrainingError
-from roro_ray.learning.adapter_files import AdapterVersion
-from roro_ray.learning.lm_run import GrpoUpdate, Publish, Result, check_resumable, plan_sft
+from roro_ray.learning.adapter_files import AdapterVersion, adapter_directory
+from roro_ray.learning.lm_run import (
+    CHECKPOINTS,
+    PUBLISHED,
+    GrpoUpdate,
+    Publish,
+    Result,
+    check_resumable,
+    plan_sft,
+)
 from roro_ray.learning.lm_training import ADAPTERS
 from roro_ray.learning.sequences import TokenBatch
 from roro_ray.learning.sft import SftBatch
@@ -37,7 +47,6 @@ from roro_ray.learning.updates import UpdateSettings
 logger = logging.getLogger(__name__)
 
 _STOP_S = 60.0  # for the group to end after its last checkpoint
-_TRAIN_STORAGE = "ray_train"
 
 
 class LmLearner:
@@ -53,12 +62,14 @@ class LmLearner:
         self._thread = threading.Thread(target=self._fit, name="adapter learner", daemon=True)
 
     @classmethod
-    def start(cls, config: Config, directory: str | Path | None = None, names: Sequence[str] = ADAPTERS) -> LmLearner:
+    def start(
+        cls, config: Config, directory: str | Path | Part | None = None, names: Sequence[str] = ADAPTERS
+    ) -> LmLearner:
         """Start the group and wait until it has loaded base and checkpoint.
 
         Args:
-            directory: of this training, on a file system that driver and workers share; `RUN_DIR/adapters` when None.
-                A training that lies there is gone on with (see `versions`).
+            directory: of this training, on a file system that driver and workers share, or a folder of a remote run;
+                `RUN_DIR/adapters` when None. A training that lies there is gone on with (see `versions`).
             names: of the adapters.
 
         Raises:
@@ -72,13 +83,14 @@ class LmLearner:
             raise ConfigError(
                 "lora.base is empty: name the base model of the adapters, such as lora.base=Qwen/Qwen3-4B."
             )
-        where = Path(directory if directory is not None else Path(config.run_dir) / "adapters").resolve()
-        check_resumable(lora, where, names, config.seed)
+        adapters = _find_part(config, directory)
+        adapters.pull(CHECKPOINTS)
+        check_resumable(lora, adapters.path, names, config.seed)
         bundle = role_bundle(config, "learner", lora.cpus, lora.gpus)
         wait_for_resources([bundle] * lora.workers, "the learner of adapters", config.ray)
-        where.mkdir(parents=True, exist_ok=True)
+        adapters.path.mkdir(parents=True, exist_ok=True)
         board = ray.remote(CommandBoard).options(num_cpus=0).remote()
-        learner = cls(LmJob(lora, str(where), tuple(names), config.seed, board), bundle)
+        learner = cls(LmJob(lora, adapters, tuple(names), config.seed, board), bundle)
         learner._thread.start()
         try:
             learner._wait_until_up()
@@ -126,7 +138,9 @@ class LmLearner:
         """Write the adapter for the engines, and a checkpoint first: a published version is never taken back."""
         result = self._result(self._submit(ray.put(Publish(name))))
         assert isinstance(result, AdapterVersion)
-        return result
+        name = adapter_directory(Path(PUBLISHED), result.name, result.version).as_posix()
+        self._job.adapters.pull(name)
+        return replace(result, path=str(self._job.adapters.path / name))  # as this node sees it
 
     def stop(self) -> None:
         """Write a checkpoint and end the group; a second call does nothing."""
@@ -137,7 +151,7 @@ class LmLearner:
             self._thread.join(_STOP_S)
         finally:
             self._close()
-        shutil.rmtree(Path(self._job.directory) / _TRAIN_STORAGE, ignore_errors=True)  # Ray Train's own notes
+        drop_train_notes(self._job.adapters)
 
     def __enter__(self) -> LmLearner:
         return self
@@ -216,7 +230,7 @@ class LmLearner:
         cause = "it ended by itself" if self._failure is None else f"the last time with: {_last_line(self._failure)}"
         raise TrainingError(
             f"the learner of adapters failed {self._job.config.max_failures + 1} times, {cause}. What was learned up "
-            f"to its last checkpoint is kept in {self._job.directory}: start it again to go on."
+            f"to its last checkpoint is kept in {self._job.adapters.place}: start it again to go on."
         ) from self._failure
 
     def _fit(self) -> None:
@@ -232,12 +246,20 @@ class LmLearner:
                 scaling_config=make_scaling(self._bundle, lora.workers),
                 run_config=RunConfig(
                     name=f"adapters-{uuid.uuid4().hex[:8]}",  # never used before: resuming is our checkpoints' business
-                    storage_path=str(Path(self._job.directory) / _TRAIN_STORAGE),
+                    **train_storage(self._job.adapters),
                     failure_config=FailureConfig(max_failures=lora.max_failures),
                 ),
             ).fit()
         except Exception as error:  # the thread's border: the next call raises it in the driver
             self._failure = error
+
+
+def _find_part(config: Config, directory: str | Path | Part | None) -> Part:
+    if isinstance(directory, Part):
+        return directory
+    if directory is None:
+        return Mirror(config.run_dir, config.storage).part("adapters")
+    return Mirror(Path(directory).parent).part(Path(directory).name)
 
 
 def _last_line(error: BaseException) -> str:

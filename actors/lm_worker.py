@@ -10,15 +10,16 @@ import logging
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ray.exceptions import RayActorError
 
+from actors.storage import meet
 from actors.waiting import wait_for
 from roro_ray.config import LoraConfig
-from roro_ray.errors import CheckpointError, ConfigError, EngineError, RoroError
-from roro_ray.learning.lm_run import Command, LmRun, Result
+from roro_ray.data.mirror import Part
+from roro_ray.errors import CheckpointError, ConfigError, DataError, EngineError, RoroError
+from roro_ray.learning.lm_run import CHECKPOINTS, Command, LmRun, Result
 from roro_ray.learning.lm_wrappers import Ranks
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class LmJob:
     """What every rank is given: `board` is the handle of a CommandBoard."""
 
     config: LoraConfig
-    directory: str
+    adapters: Part
     names: tuple[str, ...]
     seed: int
     board: Any
@@ -60,7 +61,7 @@ def serve_commands(settings: dict[str, Any]) -> None:
         run, ranks = _load(job)
         while _serve_one(job, run, ranks):
             pass
-    except (ConfigError, CheckpointError, EngineError) as error:
+    except (ConfigError, CheckpointError, DataError, EngineError) as error:
         job.ask("fail", error)
     except RayActorError:
         logger.warning("the board of commands is gone, and so is the driver: the adapters' learner ends")
@@ -73,7 +74,9 @@ def _load(job: LmJob) -> tuple[LmRun, Ranks]:
     context = ray.train.get_context()
     ranks = Ranks(context.get_world_rank(), context.get_world_size())
     started = time.perf_counter()
-    run = LmRun(job.config, Path(job.directory), job.names, ray.train.torch.get_device(), job.seed, ranks)
+    meet(job.adapters, ranks.rank, ranks.world, (CHECKPOINTS,))
+    device, directory = ray.train.torch.get_device(), job.adapters.path
+    run = LmRun(job.config, directory, job.names, device, job.seed, ranks, job.adapters.push)
     job.ask("begin", ranks.rank, os.getpid(), run.serial, run.trainer.versions, time.perf_counter() - started)
     return run, ranks
 

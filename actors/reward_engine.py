@@ -5,9 +5,11 @@ Beside the learner of adapters, which computes with the same base, so that each 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,6 +20,7 @@ from actors.engines import MOST_REQUESTS, EngineActor, MakeEngine, RemoteEngine,
 from actors.placement import bundle_options, role_bundle
 from actors.waiting import wait_for
 from roro_ray.config import Config, ModelConfig, PoolConfig
+from roro_ray.data.mirror import Part
 from roro_ray.engines.protocol import Engine
 from roro_ray.learning.adapter_files import AdapterVersion
 
@@ -34,7 +37,7 @@ def open_model(config: Config, model: ModelConfig, make: MakeEngine = make_model
     gpus = model.gpus or config.ray.engine_gpus  # of the actor, however many share one copy of the weights
     bundle = role_bundle(config, model.name, config.ray.engine_cpus, gpus)
     wait_for_resources([bundle], f"model {model.name}", config.ray)
-    options = bundle_options(bundle) | {"max_restarts": -1, "max_task_retries": 3, "max_concurrency": MOST_REQUESTS}
+    options = bundle_options(bundle) | {"max_restarts": -1, "max_task_retries": 0, "max_concurrency": MOST_REQUESTS}
     # The pool's settings of memory and batches, and this model alone.
     pool = PoolConfig([model], config.pool.batch_size, config.pool.memo_entries, config.pool.cache_mb)
     actor = ray.remote(EngineActor).options(**options).remote(partial(make, model, pool))
@@ -47,10 +50,21 @@ def open_model(config: Config, model: ModelConfig, make: MakeEngine = make_model
         ray.kill(actor)
 
 
-def make_deliver(transport: str) -> Callable[[Engine, AdapterVersion], Coroutine[Any, Any, None]]:
-    """Brings adapters to an engine as `lora.transport` says."""
+def make_deliver(
+    transport: str, adapters: Part | None = None
+) -> Callable[[Engine, AdapterVersion], Coroutine[Any, Any, None]]:
+    """Brings adapters to an engine as `lora.transport` says.
+
+    Args:
+        adapters: where a remote run has them. This process then fetches those that it lacks, and they go on as objects:
+            the engine's node sees no directory of ours.
+    """
 
     async def bring(engine: Engine, adapter: AdapterVersion) -> None:
-        await deliver(adapter, [engine], transport)
+        if adapters is not None and adapters.mirror.is_remote:
+            await asyncio.to_thread(adapters.pull, Path(adapter.path).relative_to(adapters.path).as_posix())
+            await deliver(adapter, [engine], "objects")
+        else:
+            await deliver(adapter, [engine], transport)
 
     return bring

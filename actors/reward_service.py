@@ -24,7 +24,9 @@ import ray
 from actors.capacity import wait_for_resources
 from actors.placement import bundle_options, role_bundle
 from actors.waiting import wait_for
+from roro_ray.cluster_config import StorageConfig
 from roro_ray.config import Config, RewardConfig
+from roro_ray.data.mirror import fetch, name_place
 from roro_ray.errors import ConfigError, DeadlineError, QueueFullError, did_you_mean
 from roro_ray.types import Query, Rubric, Trajectory, Verdict
 
@@ -78,12 +80,21 @@ class RewardService:
     """The actor. The constructor stores; `ready` (or the first request after a restart) loads.
 
     Args:
-        directory: of the reward model (None: the warm start).
+        directory: of the reward model: a path or a URI (None: the warm start).
         seed: of the rubrics' sampling, where the Rubricor samples.
         load: makes the reward model from its directory.
+        storage: how to reach a directory that is a URI.
     """
 
-    def __init__(self, directory: str | None, config: RewardConfig, seed: int, load: LoadReward) -> None:
+    def __init__(
+        self,
+        directory: str | None,
+        config: RewardConfig,
+        seed: int,
+        load: LoadReward,
+        storage: StorageConfig | None = None,
+    ) -> None:
+        self._storage = storage or StorageConfig()
         self._directory = directory
         self._config = config
         self._seed = seed
@@ -153,7 +164,8 @@ class RewardService:
     # Below: the worker thread.
 
     def _take_over(self, directory: str | None) -> None:
-        self._model = self._load_model(directory, self._config)
+        here = None if directory is None else str(fetch(directory, self._storage))
+        self._model = self._load_model(here, self._config)
         self._directory = directory
         self._rubrics.clear()  # another reward model may bear the same version
 
@@ -214,7 +226,7 @@ class RewardClient:
 
         Raises:
             ResourceError: the cluster cannot give `ray.reward_cpus`.
-            CheckpointError: no complete reward model lies in the directory.
+            CheckpointError: no complete reward model lies in the directory, a path or a URI.
             DeadlineError: not ready within `ray.timeout_s`.
         """
         settings, reward = config.ray, config.reward
@@ -227,8 +239,8 @@ class RewardClient:
         bundle = role_bundle(config, "reward", settings.reward_cpus, gpus)
         wait_for_resources([bundle], "the reward service", settings)
         actor = ray.remote(RewardService).options(**bundle_options(bundle), max_restarts=-1, max_task_retries=2)
-        place = None if directory is None else str(Path(directory).resolve())
-        handle = actor.remote(place, reward, config.seed, load)
+        place = None if directory is None else name_place(directory)
+        handle = actor.remote(place, reward, config.seed, load, config.storage)
         try:
             wait_for(handle.ready.remote(), "reward service: ready", settings.timeout_s, handle)
         except BaseException:
@@ -283,7 +295,7 @@ class RewardClient:
 
     def load(self, directory: str | Path) -> ServiceFacts:
         """Make the service take over another reward model."""
-        ref = self.actor.load.remote(str(Path(directory).resolve()))
+        ref = self.actor.load.remote(name_place(directory))
         return wait_for(ref, "reward service: loading", self.timeout_s, self.actor)
 
     def facts(self) -> ServiceFacts:

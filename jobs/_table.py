@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from roro_ray.data.run_dir import RunDir
@@ -38,7 +37,7 @@ def format_results(summary: Mapping[str, Any], run: RunDir) -> str:
             "",
             *textwrap.wrap(summary["headline"]["text"], _WIDTH),
             *(f"Left out: {method} ({reason})" for method, reason in summary["skipped"].items()),
-            f"Report: {run.report.resolve()}",
+            f"Report: {run.place_of(run.report.resolve())}",
         ]
     )
 
@@ -47,7 +46,7 @@ def _dollars(each: float | None) -> str:
     return "-" if each is None else f"{1000 * each:.3f}"
 
 
-def format_calibration(calibration: Calibration, saved: Path) -> str:
+def format_calibration(calibration: Calibration, saved: str) -> str:
     """What each cost weight gave, and both models alone; then where the calibration lies."""
     rows = [
         (f"{at.cost_weight:g}", *(_interval(getattr(at, name), name.startswith("accuracy")) for name in _CALIBRATED))
@@ -68,7 +67,7 @@ def format_calibration(calibration: Calibration, saved: Path) -> str:
             *lines[1:],
             "",
             f"Alone: {calibration.models[0]} {small}, {calibration.models[-1]} {large}",
-            f"Calibration: {saved.resolve()}",
+            f"Calibration: {saved}",
         ]
     )
 

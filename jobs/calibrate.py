@@ -43,32 +43,51 @@ def calibrate_stage(config: Config, run: RunDir, pool: RolloutPool, router: Path
     engines = pool.facts[0].engines
     current = find_current(config, router, engines)
     if current is not None:
-        say(f"calibrate: already done in {router}")
+        say(f"calibrate: already done in {_name(run, router)}")
         return current
     total = count_calibrated(config)
     each = total // len(make_settings(config))
     with run_stage(run, "calibrate", "Calibrate the router") as facts, Progress("calibrate", total, "episodes") as bar:
         host = ClusterHost(pool, config.seed, bar.advance)
-        calibration = calibrate(config, router, engines, host, lambda done: bar.start_at(done * each))
+
+        def move(done: int) -> None:
+            bar.start_at(done * each)
+            _upload(run, router)
+
+        calibration = calibrate(config, router, engines, host, move)
         save_calibration(router, calibration)
         forget_partial(router)
-        facts.update(router=str(router), version=calibration.router_version, points=len(calibration.points))
+        _upload(run, router)
+        facts.update(router=_name(run, router), version=calibration.router_version, points=len(calibration.points))
     return calibration
+
+
+def _upload(run: RunDir, router: Path) -> None:
+    if router.is_relative_to(run.path):
+        run.sync(router)
+
+
+def _name(run: RunDir, file: Path) -> str:
+    return run.place_of(file) if file.is_relative_to(run.path) else str(file)
 
 
 def _main(config: Config, run: RunDir, arguments: argparse.Namespace) -> None:
     from jobs._table import format_calibration
-    from jobs.stages import open_pool
+    from jobs.stages import fetch_routers, open_pool
+    from roro_ray.evaluation.calibrate import PARTIAL
 
     router = arguments.router or run.router("roro")
+    if router.is_relative_to(run.path):
+        fetch_routers(run, [router])
+        run.fetch(router / PARTIAL)
     if not (router / "router.json").is_file():
         raise DataError(
-            f"{router} holds no trained router. Run `python -m jobs.train_router run_dir={run.path}`, or give the "
-            "directory of one with --router."
+            f"{_name(run, router)} holds no trained router. Run `python -m jobs.train_router run_dir={run.place}`, or "
+            "give the directory of one with --router (a path)."
         )
     with open_pool(config) as pool:
         calibration = calibrate_stage(config, run, pool, router)
-    print(format_calibration(calibration, router / "calibration.json"))
+    print(format_calibration(calibration, _name(run, (router / "calibration.json").resolve())))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -50,8 +51,9 @@ def _main(config: Config, run: RunDir, arguments: argparse.Namespace) -> None:
         import_before_threads()
         for seed in range(config.seed, config.seed + arguments.seeds):
             say(f"== Seed {seed}")
-            mine = replace(config, seed=seed, run_dir=str(run.path / f"seed{seed}"))
-            summaries[seed], tuning[seed] = _run_seed(mine, open_run(mine), pool, arguments.ppo)
+            mine = replace(config, seed=seed, run_dir=run.place_of(run.path / f"seed{seed}"))
+            with closing(open_run(mine)) as own:
+                summaries[seed], tuning[seed] = _run_seed(mine, own, pool, arguments.ppo)
             _write_page(Path(arguments.output), format_comparison(summaries, tuning, arguments.command))
     say(f"Wrote {arguments.output} after {time.monotonic() - began:.0f} s.")
     print(Path(arguments.output).read_text())
@@ -89,15 +91,17 @@ def _with_range(config: Config, bounds: tuple[float, float]) -> Config:
 def _tune(config: Config, run: RunDir, pool: RolloutPool) -> dict[str, Any]:
     """Choose the outcome-only training by validation; done once and recorded."""
     from actors.host import ClusterHost
-    from jobs.stages import make_query_sets
+    from jobs.stages import fetch_routers, make_query_sets
     from roro_ray.evaluation.tuning import choose_router
 
     file = run.path / "router" / _TUNING
+    run.fetch(file)
     if file.exists():
         return dict(read_json(file))
     own = (config.router.cost_weight_low, config.router.cost_weight_high)
     ranges = {"grpo_outcome": own, **TUNING_RANGES}
     routers = {name: run.router(name) for name in ranges}
+    fetch_routers(run, routers.values())
     choice = choose_router(ClusterHost(pool, config.seed), routers, make_query_sets(config), config)
     candidates = {
         name: {"low": low, "high": high, "setting": setting, "accuracy": accuracy, "cost_share": share}
@@ -106,6 +110,7 @@ def _tune(config: Config, run: RunDir, pool: RolloutPool) -> dict[str, Any]:
         )
     }
     write_json(file, {"chosen": choice.name, "candidates": candidates})
+    run.sync(file)
     return dict(read_json(file))
 
 

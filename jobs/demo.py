@@ -39,6 +39,7 @@ def _main(config: Config, run: RunDir, arguments: argparse.Namespace) -> None:
     from jobs.stages import (
         collect_stage,
         evaluate_stage,
+        fetch_routers,
         import_before_threads,
         open_pool,
         pairs_stage,
@@ -56,6 +57,7 @@ def _main(config: Config, run: RunDir, arguments: argparse.Namespace) -> None:
         run_together(partial(reward_stage, config, run), partial(router_stage, config, run, pool, "grpo_outcome"))
         router_stage(config, run, pool, "roro")
         summary = evaluate_stage(config, run, pool)
+        fetch_routers(run, [run.router("roro")])
         calibrate_stage(config, run, pool, run.router("roro"))
     print(format_results(summary, run))
     say(f"Done in {time.monotonic() - began:.0f} s.")

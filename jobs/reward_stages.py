@@ -35,9 +35,10 @@ def warm_stage(config: Config, run: RunDir) -> None:
 
     check_backend(config)
     if run.is_done("warm_start"):
-        say(f"warm_start: already done in {run.path}")
+        say(f"warm_start: already done in {run.place}")
         return
     run.require("make_pairs")
+    run.fetch(run.trajectories, run.pairs, WARM)
     from actors.lm_learner import LmLearner
 
     items = _index_items(config, run)
@@ -54,7 +55,7 @@ def warm_stage(config: Config, run: RunDir) -> None:
             run.log({"stage": "warm_start", **metrics})
             bar.advance()
 
-        with bar, LmLearner.start(config, run.path / ADAPTERS) as learner:
+        with bar, LmLearner.start(config, run.mirror.part(ADAPTERS)) as learner:
             published = learn_examples(config, examples, learner, on_update)
         save_engine_reward(published, config.lora.base, run.path / WARM / "model")
         facts.update({name: counts[name] for name in _COUNTS}, **{a.name: a.version for a in published})
@@ -124,9 +125,10 @@ def learn_engine_reward(config: Config, run: RunDir, on_update: OnUpdate, faults
     with (
         open_ray(config.ray),
         open_model(config, settings.engine) as engine,
-        LmLearner.start(config, run.path / ADAPTERS) as learner,
+        LmLearner.start(config, run.mirror.part(ADAPTERS)) as learner,
     ):
-        reward = open_engine_reward(settings, engine=engine, deliver=make_deliver(config.lora.transport))
+        deliver = make_deliver(config.lora.transport, run.mirror.part(ADAPTERS))
+        reward = open_engine_reward(settings, engine=engine, deliver=deliver)
         census = Census(engine=engine)
         try:
             trained, result = alternate_engine(

@@ -6,7 +6,7 @@ placement in `actors`; what is here is the order of things and what is shown whi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -76,6 +76,7 @@ def collect_stage(config: Config, run: RunDir, pool: RolloutPool) -> None:
         Progress("collect", total, "episodes") as bar,
     ):
         over, census = 0, Census(pool)
+        run.fetch(run.trajectories)
 
         def run_specs(specs: Sequence[EpisodeSpec]) -> Results:
             return pool.run(specs, progress=lambda done, _: bar.move_to(over + done))
@@ -84,6 +85,7 @@ def collect_stage(config: Config, run: RunDir, pool: RolloutPool) -> None:
             nonlocal over
             over = done
             bar.start_at(done)
+            run.sync(run.trajectories)
 
         result = collect(config, run.trajectories, run_specs, move)
         facts.update(trajectories=result.trajectories, made=result.made, failed=result.failed)
@@ -114,6 +116,7 @@ def pairs_stage(config: Config, run: RunDir, pool: RolloutPool) -> None:
         Progress("pairs", 1, "shards") as bar,
     ):
         census = Census(pool)
+        run.fetch(run.trajectories, run.pairs)
 
         def run_specs(specs: Sequence[EpisodeSpec]) -> Results:
             return pool.run(specs, progress=lambda done, total: bar.note(f"{done}/{total} interventions"))
@@ -121,6 +124,7 @@ def pairs_stage(config: Config, run: RunDir, pool: RolloutPool) -> None:
         def move(done: int, total: int) -> None:
             bar.total = total
             bar.start_at(done)
+            run.sync(run.pairs)
 
         steady = SteadyRun(run_specs, make_policy(config.faults, grouped=False), "make_pairs")
         found = pair_shards(config, run.trajectories, run.pairs, training_queries(config), steady, move)
@@ -143,10 +147,16 @@ def reward_stage(config: Config, run: RunDir) -> None:
         count_faults(run, "learn_reward", facts) as faults,
         Progress("reward", updates, "updates") as bar,
     ):
+        run.fetch(run.trajectories, run.pairs, run.reward)
+        over: object = None
 
         def on_update(metrics: dict[str, float | str]) -> None:
+            nonlocal over
             run.log({"stage": "learn_reward", **metrics})
             bar.advance()
+            if metrics.get("round") != over:  # the round before was saved
+                over = metrics.get("round")
+                run.sync(run.reward)
 
         learn = learn_engine_reward if settings.backend == "engine" else learn_local_reward
         summary = learn(config, run, on_update, faults)
@@ -158,12 +168,13 @@ def router_stage(config: Config, run: RunDir, pool: RolloutPool, method: str, na
     from actors.census import Census
     from actors.learner import train_router
     from roro_ray.learning.router_rewards import count_failures
-    from roro_ray.learning.router_run import load_finished
+    from roro_ray.learning.router_run import FINISHED, METRICS, load_finished
 
     name = name or method
     settings = method_config(config, method)
+    run.fetch(*(run.router(name) / file for file in (FINISHED, METRICS)))
     if load_finished(run.router(name), settings) is not None:
-        say(f"train_router ({name}): already done in {run.router(name)}")
+        say(f"train_router ({name}): already done in {run.place_of(run.router(name))}")
         return
     if settings.router.beta and settings.reward.rubric_source != "warm":
         run.require("learn_reward")
@@ -183,7 +194,7 @@ def router_stage(config: Config, run: RunDir, pool: RolloutPool, method: str, na
             bar.start_at(done - 1)
             bar.move_to(done)
 
-        result = train_router(settings, name, pool, reward, run.path, progress)
+        result = train_router(settings, name, pool, reward, run.mirror, progress)
         facts.update(iterations=len(result.metrics))
         faults.add({**census.total(), "learner_restarts": result.restarts})
 
@@ -206,6 +217,7 @@ def evaluate_stage(
     from roro_ray.evaluation.summary import load_summary, make_summary, save_summary
 
     if _is_done(run, "evaluate"):
+        run.fetch(run.evaluation)
         return load_summary(run.evaluation)[0]
     run.require("collect")
     with (
@@ -256,6 +268,8 @@ def _make_inputs(config: Config, run: RunDir, extra: dict[str, Path]) -> Any:
     from roro_ray.learning.router_run import FINISHED, list_snapshots
 
     places = {method: run.router(method) for method in (*ROUTER_SETTINGS, PPO)} | extra
+    run.fetch(run.trajectories, run.reward / "result.json")
+    fetch_routers(run, places.values())
     routers = {method: place for method, place in places.items() if (place / FINISHED).is_file()}
     batch = config.router.queries * config.router.group_size
     snapshots: dict[str, Sequence[Snapshot]] = {
@@ -264,6 +278,14 @@ def _make_inputs(config: Config, run: RunDir, extra: dict[str, Path]) -> Any:
     }
     alone = collect_alone(training_queries(config), iter_trajectories(run.trajectories, batch_size=64))
     return Inputs(config, make_query_sets(config), routers, snapshots, alone, _make_explain(config, run))
+
+
+def fetch_routers(run: RunDir, routers: Iterable[Path]) -> None:
+    """Bring trained routers of a remote run here, with their snapshots and without their checkpoints."""
+    from roro_ray.learning.router_run import FINISHED, METRICS, SNAPSHOTS
+    from roro_ray.routing.router_files import ROUTER_FILES
+
+    run.fetch(*(router / name for router in routers for name in (*ROUTER_FILES, FINISHED, METRICS, SNAPSHOTS)))
 
 
 def _make_explain(config: Config, run: RunDir) -> Any:
@@ -276,6 +298,7 @@ def _make_explain(config: Config, run: RunDir) -> Any:
             return _explain_by_service(config, run, queries, trajectories)
         from roro_ray.reward.model import load_reward
 
+        run.fetch(run.reward / "model")
         reward = load_reward(run.reward / "model", config.reward)
         rubrics = reward.write_rubrics(queries, config.seed)
         verdicts = reward.score(queries, [[trajectory] for trajectory in trajectories], rubrics)
@@ -288,7 +311,7 @@ def _explain_by_service(config: Config, run: RunDir, queries: Sequence[Any], tra
     """The same where Rubricor and Judge are adapters, whose engine wants a process and a device of its own."""
     from actors.reward_service import RewardClient
 
-    client = RewardClient.start(config, run.reward / "model")
+    client = RewardClient.start(config, run.place_of(run.reward / "model"))
     try:
         rubrics = client.write_rubrics(queries)
         verdicts = client.score(queries, [[trajectory] for trajectory in trajectories])
@@ -307,7 +330,8 @@ def _open_reward(config: Config, run: RunDir) -> Iterator[RewardClient | None]:
         return
     from jobs.reward_stages import find_reward
 
-    client = RewardClient.start(config, find_reward(config, run))
+    found = find_reward(config, run)
+    client = RewardClient.start(config, None if found is None else run.place_of(found))
     try:
         yield client
     finally:
@@ -316,7 +340,7 @@ def _open_reward(config: Config, run: RunDir) -> Iterator[RewardClient | None]:
 
 def _is_done(run: RunDir, stage: str) -> bool:
     if run.is_done(stage):
-        say(f"{stage}: already done in {run.path}")
+        say(f"{stage}: already done in {run.place}")
         return True
     return False
 

@@ -257,12 +257,17 @@ class Part:
         """See `Mirror.push`."""
         self.mirror.push(self.name)
 
-    def remove_remote(self, name: str) -> None:
-        """Remove a folder that others than the mirror wrote to the store."""
+    def remove(self, name: str) -> None:
+        """Remove a folder that is not mirrored, here and in the store."""
         if self.mirror.is_remote:
             for each in self.mirror.store.list(f"{self.name}/{name}"):
                 self.mirror.store.delete(each)
         shutil.rmtree(self.path / name, ignore_errors=True)
+
+
+def name_place(place: str | Path) -> str:
+    """A place as a process elsewhere finds it: an absolute path, or the URI."""
+    return str(place) if is_remote(place) else str(local_path(place).resolve())
 
 
 def fetch(place: str | Path, storage: StorageConfig, *names: str) -> Path:

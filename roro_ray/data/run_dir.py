@@ -124,6 +124,10 @@ class RunDir:
             self._session = Session(self.mirror)
             self.mirror.pull(*_RECORDS)
 
+    def place_of(self, path: Path) -> str:
+        """What other processes and the user call one of the run's files or folders."""
+        return self.mirror.place_of(path)
+
     def _name(self, part: str | Path) -> str:
         if not self.mirror.is_remote:
             return str(part)

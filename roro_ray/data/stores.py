@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from roro_ray.data.files import write_whole
-from roro_ray.errors import ConfigError, DataError, did_you_mean
+from roro_ray.errors import ConfigError, DataError, RoroError, did_you_mean
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -187,6 +187,8 @@ class Store:
         for pause_s in (*self._pauses_s, None):
             try:
                 return action()
+            except RoroError:  # the disk is full
+                raise
             except Exception as error:  # the store's border: whatever its library raises
                 if missing_is_fine and isinstance(error, FileNotFoundError) and not _is_no_bucket(error):
                     raise

@@ -30,7 +30,7 @@ from roro_ray.evaluation.metrics import Scores, measure_difference, measure_sett
 from roro_ray.routing.router_files import load_version
 from roro_ray.types import Query
 
-_PARTIAL = "calibration.partial.json"
+PARTIAL = "calibration.partial.json"
 _SMALL, _LARGE = "small", "large"
 # Above this share of failed rollouts the figures would be those of the queries that happened to work.
 _MAX_FAILED_SHARE = 0.05
@@ -90,7 +90,7 @@ def calibrate(
         EngineError: too many rollouts failed.
     """
     queries, settings = calibration_queries(config), make_settings(config)
-    partial = _Partial(router / _PARTIAL, _digest_rollouts(config, router, facts))
+    partial = _Partial(router / PARTIAL, _digest_rollouts(config, router, facts))
     host.use_router(router)
     on_setting(sum(setting.label in partial.scores for setting in settings))
     for done, setting in enumerate(settings, start=1):
@@ -104,7 +104,7 @@ def calibrate(
 
 def forget_partial(router: Path) -> None:
     """Remove the rollouts that `calibrate` kept, once their calibration is saved."""
-    (router / _PARTIAL).unlink(missing_ok=True)
+    (router / PARTIAL).unlink(missing_ok=True)
 
 
 def _measure(

@@ -10,7 +10,7 @@ it has come. Whoever is started again goes on behind that command: none is lost,
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -110,8 +110,9 @@ class LmRun:
     """A trainer with a directory; every rank has one, and rank 0 writes.
 
     Args:
-        directory: of this training, on a file system that all ranks see.
+        directory: of this training, on a file system that all ranks see, or this node's copy of it.
         names, device, seed, ranks: as for `LoraTrainer`.
+        upload: called by rank 0 when a checkpoint or an adapter has been written, before any rank goes on.
 
     Raises:
         CheckpointError: the checkpoint there was made with other settings or is damaged.
@@ -125,8 +126,10 @@ class LmRun:
         device: torch.device | str = "cpu",
         seed: int = 0,
         ranks: Ranks | None = None,
+        upload: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
+        self._upload = upload
         self.directory = directory
         self.serial = 0  # of the last command done
         self._saved = 0
@@ -187,6 +190,7 @@ class LmRun:
                 facts["adapters"] = {n: {"version": s.version, "objective": s.objective} for n, s in states.items()}
                 (temporary / _STATE).write_text(json.dumps(facts, indent=1) + "\n")
             drop_old(self.directory / CHECKPOINTS, _KEEP)
+            self._upload()
         self._saved = self.serial
         self._ranks.wait()
 
@@ -212,6 +216,7 @@ class LmRun:
         if self._ranks.rank == 0:
             with write_directory(final) as temporary:
                 self.trainer.model.write_files(name, state, temporary)
+            self._upload()
         self._ranks.wait()
         return AdapterVersion(name, version, str(final))
 

@@ -38,7 +38,8 @@ from roro_ray.types import Query
 
 FINISHED = "FINISHED.json"
 METRICS = "metrics.jsonl"
-_CHECKPOINTS, _SNAPSHOTS = "checkpoints", "snapshots"
+CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
+RESUMED_FROM = (CHECKPOINTS, METRICS, FINISHED)  # what a training reads that goes on
 # Settings that may change between a run and its resumption without changing what is learned up to there.
 _FREE = (
     *("iterations", "workers", "checkpoint_every", "max_failures"),
@@ -77,7 +78,7 @@ def load_finished(directory: Path, config: Config) -> Finished | None:
 
 def check_resumable(directory: Path, config: Config) -> None:
     """Raise CheckpointError where a training lies there that these settings cannot go on with."""
-    checkpoint = find_checkpoint(directory / _CHECKPOINTS)
+    checkpoint = find_checkpoint(directory / CHECKPOINTS)
     if checkpoint is not None:
         check_settings(read_state(checkpoint)["settings"], fix_settings(config), checkpoint)
 
@@ -103,7 +104,7 @@ def make_train_queries(config: Config) -> list[Query]:
 
 def list_snapshots(directory: Path) -> dict[int, Path]:
     """Snapshots by the number of iterations done."""
-    paths = sorted((directory / _SNAPSHOTS).glob("iteration_*"))
+    paths = sorted((directory / SNAPSHOTS).glob("iteration_*"))
     return {int(path.name.removeprefix("iteration_")): path for path in paths}
 
 
@@ -161,7 +162,7 @@ class RouterRun:
         if config.router.gradient_checkpointing:
             network.checkpoint_activations()
         self.trainer = RouterTrainer(config, network, queries, run, score, publish, share)
-        checkpoint = find_checkpoint(directory / _CHECKPOINTS)
+        checkpoint = find_checkpoint(directory / CHECKPOINTS)
         if checkpoint is not None:
             load_checkpoint(checkpoint, self.trainer, self._settings)
         self._share = share or Share()
@@ -201,13 +202,13 @@ class RouterRun:
         append_line(self._directory / METRICS, format_metrics(metrics).rstrip("\n"))
         self._save_snapshot()
         if self.at_checkpoint:
-            save_checkpoint(self._directory / _CHECKPOINTS, self.trainer, self._settings)
+            save_checkpoint(self._directory / CHECKPOINTS, self.trainer, self._settings)
 
     def _save_snapshot(self) -> None:
         done, total = self.trainer.iteration, self._config.router.iterations
         if done % self._config.evaluate.every and done < total:
             return
-        final = self._directory / _SNAPSHOTS / f"iteration_{done:06d}"
+        final = self._directory / SNAPSHOTS / f"iteration_{done:06d}"
         temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         try:

@@ -9,9 +9,10 @@ needed and let go.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -197,14 +198,23 @@ def _make_result(index: int, accuracy: PairAccuracy, seconds: float, parts: Part
 
 
 def _write_note(path: Path, parts: Parts, result: RoundResult) -> None:
+    # Relative, since the run may be read elsewhere next time: a copy on another node, or a directory that was moved.
+    named = {
+        adapter.name: asdict(replace(adapter, path=os.path.relpath(adapter.path, path.parent.resolve())))
+        for adapter in (parts.rubricor, parts.judge)
+    }
     with write_whole(path) as temporary:
-        temporary.write_text(json.dumps({"parts": asdict(parts), "result": asdict(result)}) + "\n")
+        temporary.write_text(json.dumps({"parts": named, "result": asdict(result)}) + "\n")
+
+
+def _locate(adapter: AdapterVersion, folder: Path) -> AdapterVersion:
+    return replace(adapter, path=str((folder / adapter.path).resolve()))
 
 
 def _read_note(path: Path) -> tuple[Parts, RoundResult]:
     try:
         record: dict[str, Any] = json.loads(path.read_text())
-        parts = Parts(AdapterVersion(**record["parts"][RUBRICOR]), AdapterVersion(**record["parts"][JUDGE]))
+        parts = Parts(*(_locate(AdapterVersion(**record["parts"][name]), path.parent) for name in (RUBRICOR, JUDGE)))
         result = RoundResult(**{**record["result"], "accuracy": PairAccuracy(**record["result"]["accuracy"])})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
@@ -212,4 +222,3 @@ def _read_note(path: Path) -> tuple[Parts, RoundResult]:
             "adapters directories and learn again"
         ) from error
     return parts, result
-

@@ -21,6 +21,8 @@ from roro_ray.types import Peek
 _FACTS_FILE = "router.json"
 _WEIGHTS_FILE = "router.safetensors"
 _ENCODER_DIR = "encoder"
+# What whoever only loads a router needs of its directory, the calibration that may lie beside it included.
+ROUTER_FILES = (_FACTS_FILE, _WEIGHTS_FILE, _ENCODER_DIR, "calibration.json")
 
 
 def save_router(router: RouterNetwork, directory: Path | str, version: int = 0) -> Path:
