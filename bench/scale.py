@@ -143,7 +143,11 @@ class Worker:
         late.clear()
         steps, processor, began = self._steps(), time.process_time(), time.perf_counter()
         moved = sum(each.engine.balance.moved for each in self.engines)
-        await self._wait(running, window_s)
+        deadline = began + 20 * window_s
+        while time.perf_counter() < began + window_s or self._steps() - steps < length:
+            if time.perf_counter() > deadline:
+                raise RuntimeError(f"{self._steps() - steps} steps in {20 * window_s:.0f} s: is anything answering?")
+            await self._wait(running, window_s / 4)
         seconds, done = time.perf_counter() - began, self._steps() - steps
         processor = time.process_time() - processor
         moved = sum(each.engine.balance.moved for each in self.engines) - moved
@@ -151,8 +155,6 @@ class Worker:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-        if done < length:
-            raise RuntimeError(f"{done} steps in {seconds:.0f} s: give more time with --window")
         return done / seconds, processor / done, np.array(late), moved / done
 
     def _steps(self) -> int:
@@ -295,8 +297,7 @@ def list_settings(options: argparse.Namespace) -> list[Setting]:
         settings += [Setting("episodes", count, -(-count // options.slots), 0.4) for count in options.episodes]
     for part in ("replicas", "ray"):
         if part in options.parts:
-            most = int(_OVERFULL * options.slots)
-            settings += [Setting(part, most * count, count, 1.0) for count in options.replicas]
+            settings += [Setting(part, int(_OVERFULL * options.slots * n), n, 1.0) for n in options.replicas]
     if "router" in options.parts:
         settings += [Setting("router", count, -(-count // options.slots), 0.4) for count in options.episodes]
     return settings
