@@ -345,6 +345,7 @@ def pool(local_ray: None) -> Any:
 @pytest.mark.timeout(240)
 def test_a_killed_train_worker_goes_on_to_the_same_weights(pool: RolloutPool, tmp_path: Path) -> None:
     config = make_scripted_config()
+    config.router.max_lag = 1  # it dies with a batch in the air
     straight = run_to(config, tmp_path / "straight")
     told: list[int] = []
     killed: list[int] = []

@@ -77,7 +77,7 @@ class RolloutPipeline:
         for ahead in range(iteration, max(last, iteration) + 1):
             if ahead not in self._flying:
                 rolling = self._rolling.submit(self._roll_out, ahead)
-                self._flying[ahead] = self._scoring.submit(lambda rolling=rolling: self._judge(*rolling.result()))
+                self._flying[ahead] = self._scoring.submit(self._judge_rolled, rolling)
         return self._flying.pop(iteration).result()
 
     def close(self) -> None:
@@ -96,6 +96,9 @@ class RolloutPipeline:
         )
         results = run([spec for group in groups for spec in group.specs])
         return collect_rollouts(groups, results, version, run.tally), version, time.perf_counter() - started
+
+    def _judge_rolled(self, rolling: Future[tuple[Rollouts, int, float]]) -> ScoredBatch:
+        return self._judge(*rolling.result())
 
     def _judge(self, rollouts: Rollouts, version: int, rollout_s: float) -> ScoredBatch:
         started = time.perf_counter()
