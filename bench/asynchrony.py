@@ -39,7 +39,7 @@ def make_speed_config(iterations: int, quick: bool) -> Config:
 
 
 def make_quality_config(quick: bool) -> Config:
-    """No Judge, half the queries an iteration and fewer iterations than by default, and fewer queries to evaluate on."""
+    """No Judge, half the queries an iteration, fewer iterations than by default, fewer queries to evaluate on."""
     config = Config()
     config.router.beta, config.router.iterations, config.router.queries = 0.0, 24, 8
     config.data.validation_queries, config.data.test_queries = (2, 2) if quick else (20, 40)
