@@ -8,31 +8,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from actors.resources import Bundle
 from roro_ray.config import Config
-from roro_ray.placement import find_labels, find_resources
+from roro_ray.placement import Bundle, role_bundle
 
 if TYPE_CHECKING:
     from ray.train import ScalingConfig
 
 
-def role_bundle(config: Config, role: str, cpus: float, gpus: float) -> Bundle:
-    """What one actor of a role (or of the model of that name) asks for, placement by `ray.resources` and `ray.labels`.
-
-    Args:
-        role: `rollout`, `learner`, `reward`, `engine`, or a model's name.
-        cpus: logical CPUs of the actor.
-        gpus: GPUs of the actor; 0 asks for none.
-    """
-    resources = {"CPU": cpus, **({"GPU": gpus} if gpus else {}), **find_resources(config, role)}
-    return Bundle(resources, find_labels(config, role))
-
-
 def bundle_options(bundle: Bundle) -> dict[str, Any]:
     """A bundle as the arguments of an actor's `.options(..)`."""
-    custom = {name: amount for name, amount in bundle.resources.items() if name not in ("CPU", "GPU")}
-    options: dict[str, Any] = {"num_cpus": bundle.resources.get("CPU", 0), "num_gpus": bundle.resources.get("GPU", 0)}
-    return options | {"resources": custom, "label_selector": dict(bundle.labels)}
+    resources = dict(bundle.resources)
+    options: dict[str, Any] = {"num_cpus": resources.pop("CPU", 0), "num_gpus": resources.pop("GPU", 0)}
+    if "memory" in resources:  # which Ray knows, but takes by itself
+        options["memory"] = resources.pop("memory")
+    return options | {"resources": resources, "label_selector": dict(bundle.labels)}
 
 
 def role_options(config: Config, role: str, cpus: float, gpus: float) -> dict[str, Any]:

@@ -6,29 +6,13 @@ upper ones. What passes may still have to wait, or fail to fit for reasons that 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-Amounts = Mapping[str, float]
+from roro_ray.placement import Amounts, Bundle, format_amounts
+
 _TOLERANCE = 1e-9
 _WITHOUT_END = 1e9
-_HIDDEN = ("object_store_memory", "node:")
-
-
-@dataclass(frozen=True)
-class Bundle:
-    """What one actor asks of one node: amounts by resource (CPU, GPU, custom ones), and labels that the node needs.
-
-    A label's value is one of Ray's selectors: `gpu`, `!gpu`, `in(a, b)` or `!in(a, b)`.
-    """
-
-    resources: dict[str, float]
-    labels: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        labels = [f"{key}={value}" for key, value in sorted(self.labels.items())]
-        return format_amounts(self.resources) + (f" on a node with {', '.join(labels)}" if labels else "")
 
 
 @dataclass(frozen=True)
@@ -52,9 +36,9 @@ class Node:
 
     def nearness(self, bundle: Bundle) -> tuple[bool, int, float]:
         """Orders nodes by how nearly they hold a bundle: labels, then kinds of resources, then shares of them."""
-        asked = [(self.resources.get(key, 0.0) / value) for key, value in bundle.resources.items() if value > 0]
-        enough = sum(share + _TOLERANCE >= 1 for share in asked)
-        return matches(bundle.labels, self.labels), enough, sum(min(share, 1.0) for share in asked)
+        shares = [self.resources.get(key, 0.0) / value for key, value in bundle.resources.items() if value > 0]
+        enough = sum(share + _TOLERANCE >= 1 for share in shares)
+        return matches(bundle.labels, self.labels), enough, sum(shares)
 
     def describe(self, bundle: Bundle) -> str:
         """What it has, in the words of what is asked for."""
@@ -182,19 +166,3 @@ def add_bundles(bundles: Sequence[Bundle]) -> dict[str, float]:
 def lacks(asked: Amounts, there: Amounts) -> bool:
     """Whether something is asked for that is not there, or not in this amount."""
     return any(value > there.get(key, 0.0) + _TOLERANCE for key, value in asked.items())
-
-
-def format_amounts(amounts: Amounts, asked: Amounts | None = None) -> str:
-    """`CPU 4, GPU 1, l4 2, memory 8 GiB`: what a person asks for, zeros left out.
-
-    Args:
-        asked: given where `amounts` is what there is: memory, which every node has, is told where it is asked for.
-    """
-    texts = []
-    for key, value in sorted(amounts.items()):
-        if not value or math.isinf(value) or key.startswith(_HIDDEN):
-            continue
-        if key == "memory" and asked is not None and key not in asked:
-            continue
-        texts.append(f"{key} {value / 2**30:.3g} GiB" if key == "memory" else f"{key} {value:g}")
-    return ", ".join(texts) or "nothing"

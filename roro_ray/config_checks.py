@@ -11,7 +11,7 @@ from collections.abc import Collection
 from functools import reduce
 from typing import Any
 
-from roro_ray.cluster_checks import check_cluster
+from roro_ray.cluster_checks import check_cluster, warn_unplaced
 from roro_ray.config import Config, LoraConfig
 from roro_ray.data.sources import check_data
 from roro_ray.errors import ConfigError, did_you_mean
@@ -296,6 +296,7 @@ def _check_relations(settings: Config) -> None:
 
 def warn_ignored(settings: Config, explicit: Collection[str]) -> None:
     """Warn of every setting that the user gave and that another setting makes idle."""
+    warn_unplaced(settings)
     greedy = settings.episode.temperature == 0
     rules = (
         (greedy, "pairs.continuations", "episode.temperature=0: greedy decoding repeats itself"),

@@ -6,6 +6,7 @@ import os
 
 from roro_ray.config import Config
 from roro_ray.estimate.describe import describe_estimate
+from roro_ray.placement import describe_placement
 
 
 def describe_plan(config: Config) -> str:
@@ -15,6 +16,7 @@ def describe_plan(config: Config) -> str:
             f"run_dir      {config.run_dir}",
             f"models       {' < '.join(f'{m.name} ({m.path}, {m.engine}, {m.device})' for m in config.pool.models)}",
             *_resource_lines(config),
+            *describe_placement(config),
             *_stage_lines(config),
             *describe_estimate(config),
         ]
