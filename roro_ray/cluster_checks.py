@@ -95,4 +95,4 @@ def _check_resource(key: str, name: str, amount: float) -> None:
     if name in ("CPU", "GPU"):
         raise ConfigError(f"{key}: {name}s are asked for by ray.worker_{name.lower()}s and its like, not here.")
     if not _FINEST <= amount < math.inf:
-        raise ConfigError(f"{key}: got {amount:g}, expected a number of at least {_FINEST:g}, the finest that Ray counts.")
+        raise ConfigError(f"{key}: got {amount:g}, expected a number from {_FINEST:g} (Ray counts no finer) up.")

@@ -22,8 +22,9 @@ from roro_ray.settings import load_config
         ),
         ("ray.labels={smal: {tier: gpu}}", r"'smal' is neither a role nor a model.*did you mean 'small'"),
         ("ray.resources={rollout: {GPU: 1}}", r"ray.resources.rollout.GPU: GPUs are asked for by ray.worker_gpus"),
-        ("ray.resources={rollout: {slot: 0}}", r"ray.resources.rollout.slot: got 0, expected a number of at least 0.0001"),
+        ("ray.resources={rollout: {slot: 0}}", r"ray.resources.rollout.slot: got 0, expected a number from 0.0001"),
         ("ray.resources={rollout: {slot: -1}}", r"ray.resources.rollout.slot: got -1, expected a number"),
+        ("ray.resources={rollout: {slot: inf}}", r"ray.resources.rollout.slot: got inf, expected a number"),
         ("ray.resources={rollout: {slot: nan}}", r"ray.resources.rollout.slot: got nan, expected a number"),
         (
             "ray.labels={rollout: {tier: 'in()'}}",
