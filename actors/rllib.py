@@ -9,11 +9,9 @@ ones that die; the training itself goes on from its last checkpoint.
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,24 +19,19 @@ from typing import Any
 
 from actors.capacity import wait_for_resources
 from actors.fleet import start_engines
-from actors.placement import role_bundle
 from actors.resources import Bundle
+from actors.rllib_algorithm import MakePool, learner_bundle, make_algorithm, make_engine_pool
+from actors.rollout import pool_bundles
 from roro_ray.config import Config
-from roro_ray.engines.protocol import Engine
 from roro_ray.errors import TrainingError
-from roro_ray.gpu_checks import count_gpus
 from roro_ray.learning.checkpoints import check_settings, drop_old, find_checkpoint, write_directory
 from roro_ray.learning.ppo_run import CHECKPOINTS, METHOD, PpoRun, fix_ppo_settings, load_finished_ppo
 from roro_ray.learning.router_run import Finished, make_train_queries
 from roro_ray.routing.draws import mix_seed
 from roro_ray.types import Query
 
-logger = logging.getLogger(__name__)
-
-MakePool = Callable[[Config, Sequence[Engine]], Any]
 Progress = Callable[[int, int, dict[str, float]], None]
 _ALGORITHM, _STATE = "algorithm.zip", "state.json"
-_ENV = "roro_routing"
 _EMPTY_ROUNDS = 5  # iterations in a row without an episode that was scored
 
 
@@ -51,144 +44,9 @@ class PpoResult:
     restarts: int = 0
 
 
-def make_engine_pool(config: Config, engines: Sequence[Engine]) -> Any:
-    """The pool of one env runner: with its own engines, or with `engines` where they live in actors of their own."""
-    from roro_ray.engines.pool import EnginePool, make_pool
-
-    return EnginePool(engines) if engines else make_pool(config.pool)
-
-
-def make_env(settings: dict[str, Any]) -> Any:
-    """What RLlib calls in every env runner: `settings` has the keys of `make_algorithm` and `num_envs`."""
-    from roro_ray.data.scoring import AnswerScorer
-    from roro_ray.routing.gym_env import RoutingVectorEnv
-    from roro_ray.routing.gym_world import RoutingWorld
-
-    config: Config = settings["config"]
-    pieces, vocabulary = load_pieces(config)
-    world = RoutingWorld(
-        settings["make_pool"](config, settings["engines"]),
-        settings["queries"],
-        config.episode,
-        config.router,
-        pieces,
-        vocabulary,
-        config.ppo.text_tokens,
-        AnswerScorer.from_config(config.data),
-    )
-    return RoutingVectorEnv(world, settings["num_envs"])
-
-
-def load_pieces(config: Config) -> tuple[Any, int]:
-    """The router's tokenizer and the size of its vocabulary; (None, 0) for a router of scalar signals only."""
-    from roro_ray.routing.router import EncoderBase, PieceTokenizer, load_encoder
-
-    router = config.router
-    if not router.encoder:
-        return None, 0
-    body, tokenizer = load_encoder(EncoderBase(router.encoder, router.encoder_revision, router.encoder_dtype, 0))
-    return PieceTokenizer(tokenizer), int(body.config.vocab_size)
-
-
-def make_algorithm(
-    config: Config, queries: Sequence[Query], engines: Sequence[Engine], make_pool: MakePool, seed: int
-) -> Any:
-    """RLlib's PPO, built: env runners as Ray actors, the learner in this process unless `ppo.learners` says otherwise.
-
-    Args:
-        seed: of the env runners' episodes; a training that goes on takes another one, so as not to repeat its first.
-    """
-    import gymnasium as gym
-    from ray.rllib.algorithms.ppo import PPOConfig
-    from ray.rllib.core.rl_module.rl_module import RLModuleSpec
-    from ray.tune.registry import register_env
-
-    from actors.rllib_module import EpisodeSums, RouterLearner, RouterModule
-    from roro_ray.routing.gym_world import make_observation_space
-
-    ppo, ray_settings = config.ppo, config.ray
-    runner, learner = _runner_bundle(config), _learner_bundle(config)
-    register_env(_ENV, make_env)
-    vocabulary = load_pieces(config)[1]
-    settings = {"config": config, "queries": tuple(queries), "engines": tuple(engines), "make_pool": make_pool}
-    made = (
-        PPOConfig()
-        .environment(
-            _ENV,
-            env_config=settings,
-            observation_space=make_observation_space(vocabulary, ppo.text_tokens, config.router.cost_weight_high),
-            action_space=gym.spaces.Discrete(len(config.pool.models)),
-            disable_env_checking=True,
-        )
-        .env_runners(
-            num_env_runners=ray_settings.workers,
-            num_envs_per_env_runner=ppo.envs,
-            gym_env_vectorize_mode=gym.VectorizeMode.VECTOR_ENTRY_POINT,
-            num_cpus_per_env_runner=runner.resources["CPU"],
-            num_gpus_per_env_runner=runner.resources.get("GPU", 0),
-            custom_resources_per_env_runner=_custom(runner),
-            sample_timeout_s=config.episode.timeout_s,
-        )
-        .learners(
-            learner_class=RouterLearner,
-            num_learners=ppo.learners,
-            num_cpus_per_learner=learner.resources["CPU"],
-            num_gpus_per_learner=learner.resources.get("GPU", 0) if ppo.learners else 0,
-            custom_resources_per_learner=_custom(learner),
-        )
-        .training(
-            train_batch_size_per_learner=-(-ppo.decisions // max(ppo.learners, 1)),
-            minibatch_size=-(-ppo.minibatch // max(ppo.learners, 1)),
-            num_epochs=ppo.epochs,
-            lr=ppo.head_lr,  # the learner's own rates count
-            gamma=1.0,
-            lambda_=ppo.gae_lambda,
-            clip_param=ppo.clip,
-            entropy_coeff=ppo.entropy,
-            use_kl_loss=False,
-            vf_clip_param=float("inf"),
-            vf_loss_coeff=ppo.value_weight,
-            grad_clip=config.router.grad_clip,
-            grad_clip_by="global_norm",
-        )
-        .rl_module(rl_module_spec=RLModuleSpec(module_class=RouterModule, model_config={"config": config}))
-        .callbacks(EpisodeSums)
-        .fault_tolerance(
-            restart_failed_env_runners=True,
-            delay_between_env_runner_restarts_s=1.0,
-            env_runner_health_probe_timeout_s=ray_settings.timeout_s,
-            env_runner_restore_timeout_s=ray_settings.timeout_s,
-        )
-        .debugging(seed=seed, log_level="ERROR")
-        .reporting(min_time_s_per_iteration=0, min_sample_timesteps_per_iteration=0)
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return made.build_algo()
-
-
-def _runner_bundle(config: Config) -> Bundle:
-    return role_bundle(config, "rollout", config.ray.worker_cpus, config.ray.worker_gpus)
-
-
-def _learner_bundle(config: Config) -> Bundle:
-    return role_bundle(config, "learner", config.ray.learner_cpus, config.ray.learner_gpus)
-
-
-def _custom(bundle: Bundle) -> dict[str, float]:
-    return {name: amount for name, amount in bundle.resources.items() if name not in ("CPU", "GPU")}
-
-
 def ppo_bundles(config: Config) -> list[Bundle]:
-    """What the training asks of the cluster, one bundle an actor."""
-    bundles = [_runner_bundle(config)] * config.ray.workers + [_learner_bundle(config)] * config.ppo.learners
-    if config.pool.placement == "actors":
-        settings = config.ray
-        bundles += [
-            role_bundle(config, model.name, settings.engine_cpus, count_gpus(model, settings))
-            for model in config.pool.models
-        ]
-    return bundles
+    """What the training asks of the cluster, one bundle an actor: env runners are placed as rollout workers are."""
+    return pool_bundles(config) + [learner_bundle(config)] * config.ppo.learners
 
 
 def train_ppo(
@@ -209,7 +67,7 @@ def train_ppo(
     Raises:
         ResourceError: the cluster cannot give what the env runners ask for.
         CheckpointError: what lies there was made with other settings.
-        TrainingError: no episode could be scored for several iterations, or the training was begun anew too often.
+        TrainingError: no episode could be scored for several iterations.
     """
     directory = Path(run_dir).resolve() / "router" / METHOD
     finished = load_finished_ppo(directory, config)
@@ -228,13 +86,6 @@ def train_ppo(
     if finished is None:
         raise TrainingError(f"PPO ended without a finished router in {directory}: run it again.")
     return PpoResult(directory, finished, restarts)
-
-
-def _kill(actors: Sequence[Any]) -> None:
-    import ray
-
-    for actor in actors:
-        ray.kill(actor)
 
 
 class _Training:
