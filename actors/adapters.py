@@ -14,14 +14,16 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import ray
 
 from actors.waiting import wait_async
 from roro_ray.engines.protocol import AdapterEngine, Engine
 from roro_ray.errors import EngineError
-from roro_ray.learning.adapter_files import AdapterVersion, read_adapter, write_adapter
+
+if TYPE_CHECKING:  # it brings torch, which an actor that serves no adapters may do without
+    from roro_ray.learning.adapter_files import AdapterVersion
 
 _FETCH_S = 300.0  # deadline of fetching an adapter from another node
 _KEPT = 2  # versions of an adapter that stay on an engine's node: requests under way end with the older one
@@ -51,6 +53,8 @@ def make_parcel(adapter: AdapterVersion, transport: str) -> Parcel:
     Raises:
         CheckpointError: the directory is not whole.
     """
+    from roro_ray.learning.adapter_files import read_adapter
+
     return Parcel(adapter, (ray.put(read_adapter(adapter)),) if transport == "objects" else ())
 
 
@@ -81,6 +85,8 @@ async def install(parcel: Parcel, engine: Engine) -> None:
         )
     adapter = parcel.adapter
     if parcel.refs:
+        from roro_ray.learning.adapter_files import write_adapter
+
         files = await wait_async(parcel.refs[0], f"adapter {adapter.name} of version {adapter.version}", _FETCH_S)
         adapter = await asyncio.to_thread(write_adapter, files, _own_directory(), adapter.name, adapter.version)
     await cast(AdapterEngine, engine).load_adapter(adapter.name, adapter.path, adapter.version)

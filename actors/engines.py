@@ -1,33 +1,37 @@
-"""Engines in actors of their own: one model per actor, shared by all rollout workers (pool.placement=actors).
+"""Engines in actors of their own, shared by all rollout workers (pool.placement=actors): for models that are too large
+to sit in every worker.
 
-For models that are too large to sit in every worker. The worker's side is an `Engine` like any other. For tiny models
-it gathers concurrent requests into one remote call, because a call costs about a millisecond and a token far less; for
-engines that join requests while others run (`vllm`, `openai`) every request is a call of its own.
+A model has one such actor or several (`actors.fleet`); the worker's side is one `Engine` like any other. For tiny
+models it gathers concurrent requests into one remote call, because a call costs about a millisecond and a token far
+less; for engines that join requests while others run (`vllm`, `openai`) every request is a call of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from actors.adapters import Parcel, install
-from actors.placement import bundle_options, role_bundle
+from actors.placement import role_bundle
 from actors.resources import Bundle
-from actors.waiting import wait_async
+from actors.waiting import unwrap_error, wait_async
 from roro_ray.config import Config, ModelConfig, PoolConfig
 from roro_ray.engines.protocol import ChoiceScores, Engine, EngineFacts, StepRequest, StepResult
-from roro_ray.errors import EngineError, RoroError
-from roro_ray.gpu_checks import count_gpus, shares_gpu
-from roro_ray.learning.adapter_files import AdapterVersion
+from roro_ray.engines.replica_engine import ReplicaEngine
+from roro_ray.engines.replicas import Answer, FleetOptions, Item, ReplicaGoneError, ReplicaLostError
+from roro_ray.errors import DeadlineError, EngineError, RoroError
+from roro_ray.gpu_checks import count_gpus
 
 MOST_REQUESTS = 10_000  # at once in an actor: under Ray's own bound some would wait outside the engine's batch
-_MOST_CALLS = 2  # in flight per worker and model: the next batch gathers while these are computed
-Item = StepRequest | tuple[str, tuple[str, ...], str]
+_PULSE_S = 10.0  # an actor that does not tell its pulse in this time hangs
+_LATE = 0.9  # of the deadline: an engine's clock starts a little after the caller's
 MakeEngine = Callable[[ModelConfig, PoolConfig], Engine]
 
 
@@ -36,6 +40,15 @@ def make_model_engine(model: ModelConfig, pool: PoolConfig) -> Engine:
     from roro_ray.engines.pool import make_engine
 
     return make_engine(model, pool)
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """How an engine's actor is: what it has in hand, and for how many seconds it has finished nothing although there
+    was something to do (0 while it loads)."""
+
+    in_hand: int
+    stuck_s: float
 
 
 class EngineActor:
@@ -48,14 +61,25 @@ class EngineActor:
         self._engine = make()
         self._loading = asyncio.Lock()
         self._adapters: dict[str, int] = {}
+        self._loaded = False
+        self._in_hand = 0
+        self._given_up = 0  # requests since anything was finished last
+        self._finished_at = 0.0
 
     async def ready(self) -> EngineFacts:
         """Load the model."""
-        return await self._engine.ready()
+        facts = await self._engine.ready()
+        self._loaded = True
+        return facts
+
+    async def pulse(self) -> Pulse:
+        """Whether the actor is well, as far as it can tell itself."""
+        waited_for = self._loaded and (self._in_hand or self._given_up)
+        return Pulse(self._in_hand, time.monotonic() - self._finished_at if waited_for else 0.0)
 
     async def load_adapters(self, parcels: Sequence[Parcel]) -> None:
         """Serve adapters; those that it serves already, in this version or a newer one, cost nothing."""
-        await self._engine.ready()
+        await self.ready()
         async with self._loading:
             for parcel in parcels:
                 name, version = parcel.adapter.name, parcel.adapter.version
@@ -63,22 +87,36 @@ class EngineActor:
                     await install(parcel, self._engine)
                     self._adapters[name] = version
 
-    async def serve(self, items: Sequence[Item], parcels: Sequence[Parcel] = ()) -> list[Any]:
+    async def serve(self, items: Sequence[Item], parcels: Sequence[Parcel] = ()) -> list[Answer]:
         """One StepResult, ChoiceScores or exception for each request; one that fails does not fail the others.
 
         `parcels` are the adapters that the caller counts on: after a restart nobody else brings them.
         """
-        await self._engine.ready()  # free when loaded; after a restart nobody else asks for it
-        await self.load_adapters(parcels)
+        await self.ready()  # free when loaded; after a restart nobody else asks for it
+        if parcels:
+            await self.load_adapters(parcels)
         results = await asyncio.gather(*(self._serve_one(item) for item in items), return_exceptions=True)
         if getattr(self._engine, "is_dead", False):
-            os._exit(1)  # Ray starts the actor anew, with a new engine, and asks it again
+            os._exit(1)  # Ray starts the actor anew, with a new engine, and whoever asked asks again
         return [result if not isinstance(result, BaseException) else _portable(result) for result in results]
 
     async def _serve_one(self, item: Item) -> StepResult | ChoiceScores:
-        if isinstance(item, StepRequest):
-            return await self._engine.generate_step(item)
-        return await self._engine.score_choices(*item)
+        if not self._in_hand and not self._given_up:
+            self._finished_at = time.monotonic()
+        self._in_hand += 1
+        given_up = 0
+        try:
+            if isinstance(item, StepRequest):
+                return await self._engine.generate_step(item)
+            return await self._engine.score_choices(*item)
+        except asyncio.CancelledError:
+            given_up = self._given_up + 1  # that nobody waits any more does not make a stuck engine well
+            raise
+        finally:
+            self._in_hand -= 1
+            self._given_up = given_up
+            if not given_up:
+                self._finished_at = time.monotonic()
 
 
 def _portable(error: BaseException) -> RoroError:
@@ -86,105 +124,100 @@ def _portable(error: BaseException) -> RoroError:
     return error if isinstance(error, RoroError) else EngineError(f"{type(error).__name__}: {error}")
 
 
-class RemoteEngine:
-    """The worker's side of an EngineActor.
+class ActorReplica:
+    """A replica of a model in an EngineActor, for `roro_ray.engines.replica_engine.ReplicaEngine`.
+
+    Args:
+        name: the model's.
+        load_timeout_s: deadline of `ready` and of adapters.
+    """
+
+    def __init__(self, name: str, actor: Any, load_timeout_s: float) -> None:
+        self.name = name
+        self.actor = actor
+        self._load_timeout_s = load_timeout_s
+
+    async def ready(self) -> EngineFacts:
+        """Wait until the actor has loaded its model."""
+        try:
+            facts: EngineFacts = await wait_async(
+                self.actor.ready.remote(), f"model {self.name}: ready", self._load_timeout_s, self.actor
+            )
+        except RayError as error:
+            raise _make_lost(error) from error
+        return facts
+
+    async def call(self, items: Sequence[Item], parcels: Sequence[Any]) -> list[Answer]:
+        """One remote call; the caller minds the deadline, and cancels what it gives up."""
+        ref = self.actor.serve.remote(items, parcels)
+        try:
+            answers: list[Answer] = await ref
+        except asyncio.CancelledError:
+            ray.cancel(ref)
+            raise
+        except RayTaskError as error:
+            raise unwrap_error(error) from error
+        except RayError as error:
+            raise _make_lost(error) from error
+        return answers
+
+    async def load_adapters(self, parcels: Sequence[Any]) -> None:
+        """Have the actor serve adapters."""
+        ref, names = self.actor.load_adapters.remote(parcels), ", ".join(parcel.adapter.name for parcel in parcels)
+        try:
+            await wait_async(ref, f"model {self.name}: adapter {names}", self._load_timeout_s, self.actor)
+        except RayTaskError:
+            raise
+        except RayError as error:
+            raise _make_lost(error) from error
+
+    async def is_well(self, stuck_s: float) -> bool:
+        """Whether the actor answers, and its engine has finished something of late."""
+        try:
+            pulse: Pulse = await wait_async(self.actor.pulse.remote(), "pulse", _PULSE_S, self.actor)
+        except DeadlineError:
+            return False
+        except RayError as error:
+            raise _make_lost(error) from error
+        return pulse.stuck_s < _LATE * stuck_s
+
+    def end(self) -> None:
+        """Kill the process; Ray starts another one where the actor has restarts."""
+        ray.kill(self.actor, no_restart=False)
+
+
+def _make_lost(error: RayError) -> ReplicaLostError:
+    lines = str(error).splitlines() or [type(error).__name__]
+    kind = ReplicaGoneError if isinstance(error, ActorDiedError) else ReplicaLostError
+    return kind(f"{type(error).__name__}: {' '.join(line.strip() for line in lines)[:300]}")
+
+
+class RemoteEngine(ReplicaEngine):
+    """The worker's side of one EngineActor.
 
     Args:
         actor: handle of the EngineActor.
         timeout_s: deadline of one call; loading after a restart counts.
-        gathers: send the requests of a moment in one call. Right where a step takes about as long as a call; where it
-            takes seconds, a shared call would hold back all its steps until the longest of them is written.
+        gathers: send the requests of a moment in one call (see `FleetOptions`).
     """
 
     def __init__(self, name: str, actor: Any, timeout_s: float, gathers: bool = True) -> None:
-        self.name = name
         self.actor = actor
-        self._timeout_s = timeout_s
-        self._gathers = gathers
-        self._parcels: dict[str, Parcel] = {}
-        self._pending: list[tuple[Item, asyncio.Future[Any]]] = []
-        self._calls = 0
-        self._tasks: set[asyncio.Task[None]] = set()
+        options = FleetOptions(timeout_s, timeout_s, timeout_s, gathers)
+        super().__init__(name, {name: ActorReplica(name, actor, timeout_s)}, options)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore_engine, (self.name, self.actor, self._timeout_s, self._gathers, self._parcels)
-
-    async def take_parcel(self, parcel: Parcel) -> None:
-        """Have the actor serve an adapter, now and after a restart."""
-        held = self._parcels.get(parcel.adapter.name)
-        if held is None or held.adapter.version < parcel.adapter.version:
-            await self._wait(self.actor.load_adapters.remote([parcel]), f"adapter {parcel.adapter.name}")
-            self._parcels[parcel.adapter.name] = parcel
+        return _restore_engine, (self.name, self.actor, self.options, self._parcels)
 
     async def load_adapter(self, name: str, path: str, version: int) -> None:
         """Serve the adapter in a directory that the actor's node sees."""
+        from roro_ray.learning.adapter_files import AdapterVersion
+
         await self.take_parcel(Parcel(AdapterVersion(name, version, path)))
 
-    async def ready(self) -> EngineFacts:
-        """Wait until the actor has loaded its model."""
-        return await self._wait(self.actor.ready.remote(), "ready")
 
-    async def generate_step(self, request: StepRequest) -> StepResult:
-        """Write one step."""
-        return await self._submit(request)
-
-    async def score_choices(self, prefix: str, choices: tuple[str, ...], adapter: str = "") -> ChoiceScores:
-        """Score continuations."""
-        return await self._submit((prefix, choices, adapter))
-
-    async def _submit(self, item: Item) -> Any:
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        if not self._gathers:
-            await self._serve([(item, future)])
-            return future.result()
-        self._pending.append((item, future))
-        self._start_call()
-        return await future
-
-    def _start_call(self) -> None:
-        if self._calls < _MOST_CALLS:
-            self._calls += 1
-            task = asyncio.get_running_loop().create_task(self._call())
-            self._tasks.add(task)  # the loop holds tasks only weakly
-            task.add_done_callback(self._tasks.discard)
-
-    async def _call(self) -> None:
-        try:
-            seen = -1
-            while seen < len(self._pending):  # until a pass of the event loop brings no more
-                seen = len(self._pending)
-                await asyncio.sleep(0)
-            batch = [(item, future) for item, future in self._pending if not future.done()]
-            self._pending.clear()
-            if batch:
-                await self._serve(batch)
-        finally:
-            self._calls -= 1
-            if self._pending:
-                self._start_call()
-
-    async def _serve(self, batch: Sequence[tuple[Item, asyncio.Future[Any]]]) -> None:
-        try:
-            ref = self.actor.serve.remote([item for item, _ in batch], list(self._parcels.values()))
-            results = await self._wait(ref, f"{len(batch)} requests")
-        except Exception as error:  # the callers' border: whoever asked must hear of it
-            results = [error] * len(batch)
-        for (_, future), result in zip(batch, results, strict=True):
-            if future.done():
-                continue
-            if isinstance(result, BaseException):
-                future.set_exception(result)
-            else:
-                future.set_result(result)
-
-    async def _wait(self, ref: Any, what: str) -> Any:
-        return await wait_async(ref, f"model {self.name}: {what}", self._timeout_s, self.actor)
-
-
-def _restore_engine(
-    name: str, actor: Any, timeout_s: float, gathers: bool, parcels: dict[str, Parcel]
-) -> RemoteEngine:
-    engine = RemoteEngine(name, actor, timeout_s, gathers)
+def _restore_engine(name: str, actor: Any, options: FleetOptions, parcels: dict[str, Parcel]) -> RemoteEngine:
+    engine = RemoteEngine(name, actor, options.timeout_s, options.gathers)
     engine._parcels = dict(parcels)
     return engine
 
@@ -197,25 +230,3 @@ def gathers(model: ModelConfig) -> bool:
 def engine_bundle(config: Config, model: ModelConfig) -> Bundle:
     """What the actor of a model of the pool asks of its node."""
     return role_bundle(config, model.name, config.ray.engine_cpus, count_gpus(model, config.ray))
-
-
-def start_engines(config: Config, make: MakeEngine = make_model_engine) -> tuple[RemoteEngine, ...]:
-    """One actor per model of the pool, cheap to dear; they load when first asked whether they are ready.
-
-    Those that may share a GPU load one after another: vLLM measures what memory is free while it starts.
-    """
-    engines: list[RemoteEngine] = []
-    before: tuple[Any, ...] = ()
-    for model in config.pool.models:
-        actor = ray.remote(EngineActor).options(
-            **bundle_options(engine_bundle(config, model)),
-            max_restarts=-1,
-            max_task_retries=3,
-            max_concurrency=MOST_REQUESTS,
-        )
-        shares = shares_gpu(model, config.ray)
-        handle = actor.remote(partial(make, model, config.pool), *(before if shares else ()))
-        if shares:
-            before = (handle.ready.remote(),)
-        engines.append(RemoteEngine(model.name, handle, config.episode.timeout_s, gathers(model)))
-    return tuple(engines)

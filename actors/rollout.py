@@ -19,7 +19,8 @@ from ray.exceptions import ObjectLostError
 
 from actors.capacity import wait_for_resources
 from actors.dispatch import Dispatch, Limits, Progress
-from actors.engines import engine_bundle, gathers, start_engines
+from actors.engines import engine_bundle, gathers
+from actors.fleet import Fleet, count_replicas, start_engines
 from actors.placement import bundle_options, role_bundle
 from actors.publish import CHANNEL, BoardClient, Weights
 from actors.resources import Bundle
@@ -145,6 +146,7 @@ class RolloutPool:
     concurrency: int
     chunk: int = _CHUNK
     worker_attempts: int = 4
+    fleet: Fleet | None = None
 
     @classmethod
     def start(cls, config: Config, make: MakeRunner = make_runner) -> RolloutPool:
@@ -158,7 +160,8 @@ class RolloutPool:
         settings = config.ray
         bundles = pool_bundles(config)
         wait_for_resources(bundles, "the rollout pool", settings)
-        engines = start_engines(config) if config.pool.placement == "actors" else ()
+        fleet = start_engines(config) if config.pool.placement == "actors" else None
+        engines = fleet.engines if fleet is not None else ()
         actor = ray.remote(RolloutWorker).options(
             **bundle_options(worker_bundle(config)),
             max_restarts=-1,
@@ -170,13 +173,15 @@ class RolloutPool:
         try:
             facts = wait_for([w.ready.remote() for w in workers], "rollout workers: ready", settings.timeout_s, workers)
         except BaseException:
-            for handle in (*workers, board.actor, *(engine.actor for engine in engines)):
+            for handle in (*workers, board.actor):
                 ray.kill(handle)
+            if fleet is not None:
+                fleet.stop()
             raise
         # Episodes that take minutes come and go one by one: in a shared call all would wait for the longest.
         chunk = _CHUNK if all(gathers(model) for model in config.pool.models) else 1
         limits = (config.episode.timeout_s, settings.concurrency, chunk, config.faults.worker_attempts)
-        return cls(workers, engines, board, tuple(facts), *limits)
+        return cls(workers, engines, board, tuple(facts), *limits, fleet)
 
     def run(
         self,
@@ -236,16 +241,23 @@ class RolloutPool:
 
     def stop(self) -> None:
         """End the workers, the engines' actors and the board."""
-        for handle in (*self.workers, *(engine.actor for engine in self.engines)):
-            ray.kill(handle)
+        for worker in self.workers:
+            ray.kill(worker)
+        if self.fleet is not None:
+            self.fleet.stop()
         self.board.stop()
+
+    def fleet_facts(self) -> dict[str, dict[str, int]]:
+        """The replicas of each model (see `Fleet.facts`); empty where the workers host the models themselves."""
+        return self.fleet.facts() if self.fleet is not None else {}
 
 
 def pool_bundles(config: Config) -> list[Bundle]:
     """What the rollout pool asks of the cluster, one bundle an actor."""
     bundles = [worker_bundle(config)] * config.ray.workers
     if config.pool.placement == "actors":
-        bundles += [engine_bundle(config, model) for model in config.pool.models]
+        for model in config.pool.models:
+            bundles += [engine_bundle(config, model)] * count_replicas(config, model)[0]
     return bundles
 
 

@@ -21,10 +21,12 @@ from ray.exceptions import RayError
 
 from actors.dispatch import assign_workers
 from actors.engines import EngineActor, RemoteEngine
+from actors.fleet import start_engines
 from actors.rollout import RolloutPool, make_runner
 from actors.waiting import find_actor, wait_for
 from roro_ray.config import Config
 from roro_ray.engines.protocol import StepRequest
+from roro_ray.engines.replica_engine import ReplicaEngine
 from roro_ray.errors import ConfigError, DeadlineError, EngineError, ResourceError
 from roro_ray.routing.episode import EpisodeFailure
 from roro_ray.routing.router import make_router
@@ -262,13 +264,13 @@ def test_a_long_step_holds_others_back_only_where_they_share_a_call(local_ray: N
 
 
 def make_remote_runner(config: Config, engines: Any) -> Any:
-    assert all(isinstance(engine, RemoteEngine) for engine in engines) and len(engines) == 2
+    assert all(isinstance(engine, ReplicaEngine) for engine in engines) and len(engines) == 2
     return make_scripted_runner(config, engines)
 
 
 @pytest.mark.slow
 def test_engines_in_actors_give_the_same(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.rollout.start_engines", lambda config: start_scripted_engines())
+    monkeypatch.setattr("actors.rollout.start_engines", lambda config: start_engines(config, make_scripted_engine))
     config = make_scripted_config()
     config.pool.placement = "actors"
     config.ray.workers, config.ray.engine_cpus = 2, 0.1
@@ -277,25 +279,20 @@ def test_engines_in_actors_give_the_same(local_ray: None, monkeypatch: pytest.Mo
         specs = make_specs(12)
         expected = plain(run_specs(make_scripted_runner(make_scripted_config()), specs))
         assert plain(pool.run(specs)) == expected
-        os.kill(find_actor(pool.engines[0].actor)["Pid"], signal.SIGKILL)
+        actor = next(iter(pool.engines[0].replicas.values())).actor
+        os.kill(find_actor(actor)["Pid"], signal.SIGKILL)
         assert plain(pool.run(specs)) == expected
+        facts = pool.fleet_facts()
+        assert {name: (fact["now"], fact["starts"]) for name, fact in facts.items()} == {
+            "small": (1, 1),
+            "large": (1, 1),
+        }
     finally:
         pool.stop()
 
 
-def make_small() -> ScriptedEngine:
-    return make_engines()[0]
-
-
-def make_large() -> ScriptedEngine:
-    return make_engines()[1]
-
-
-def start_scripted_engines() -> tuple[RemoteEngine, ...]:
-    actor = ray.remote(EngineActor).options(num_cpus=0.1, max_restarts=-1, max_task_retries=3)
-    return tuple(
-        RemoteEngine(name, actor.remote(make), 30.0) for name, make in (("small", make_small), ("large", make_large))
-    )
+def make_scripted_engine(model: Any, pool: Any) -> ScriptedEngine:
+    return next(engine for engine in make_engines() if engine.name == model.name)
 
 
 @pytest.mark.slow
