@@ -76,17 +76,21 @@ def end_processes(folder: Path) -> None:
                 continue
 
 
-def start_job(temp_dir: Path, *command: str) -> subprocess.Popen[str]:
-    """Start `python ...` in the project's root; its output goes to a file beside."""
+def start_job(temp_dir: Path, *command: str, address: str | None = None) -> subprocess.Popen[str]:
+    """Start `python ...` in the project's root; its output goes to a file beside.
+
+    Args:
+        address: of a `running_ray` that it joins.
+    """
     log = (temp_dir / "job.log").open("a")
-    return subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, env=clean_environment(temp_dir), stdout=log, stderr=log, text=True
-    )
+    joined = {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"} if address else {}
+    environment = {**clean_environment(temp_dir), **joined}
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=log, text=True)
 
 
-def run_job(temp_dir: Path, *command: str, timeout_s: float = 300) -> str:
+def run_job(temp_dir: Path, *command: str, timeout_s: float = 300, address: str | None = None) -> str:
     """Run `python ...` to its end and give what it printed; fails with its output."""
-    process = start_job(temp_dir, *command)
+    process = start_job(temp_dir, *command, address=address)
     try:
         code = process.wait(timeout_s)
     except subprocess.TimeoutExpired:
