@@ -35,12 +35,6 @@ _ROUTER_KEYS = (
 _FREE = ("episodes", "envs", "learners", "text_tokens")
 
 
-def count_ppo_episodes(config: Config) -> int:
-    """Episodes that PPO is trained on."""
-    router = config.router
-    return config.ppo.episodes or router.iterations * router.queries * router.group_size
-
-
 def fix_ppo_settings(config: Config) -> dict[str, Any]:
     """The settings that decide what is learned: a resumed training must have the same."""
     settings: dict[str, Any] = {f"ppo.{key}": value for key, value in asdict(config.ppo).items() if key not in _FREE}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar, cast
 
 import gymnasium as gym
 import numpy as np
@@ -31,7 +31,7 @@ class RoutingEnv(gym.Env[Obs, int]):
     `failure`: it has no outcome, and 0 is not one.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  # as Gymnasium declares it
 
     def __init__(self, world: RoutingWorld) -> None:
         self.world = world
@@ -72,7 +72,10 @@ class RoutingVectorEnv(gym.vector.VectorEnv[Obs, npt.NDArray[Any], npt.NDArray[A
     its next step (Gymnasium's `NEXT_STEP`).
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": [], "autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
+    metadata: dict[str, Any] = {  # noqa: RUF012  # as Gymnasium declares it
+        "render_modes": [],
+        "autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP,
+    }
 
     def __init__(self, world: RoutingWorld, num_envs: int) -> None:
         self.world = world
@@ -148,8 +151,7 @@ class RoutingVectorEnv(gym.vector.VectorEnv[Obs, npt.NDArray[Any], npt.NDArray[A
 
     def _stack(self, observations: Sequence[Obs]) -> Obs:
         empty = create_empty_array(self.single_observation_space, self.num_envs)
-        stacked: Obs = concatenate(self.single_observation_space, observations, empty)
-        return stacked
+        return cast(Obs, concatenate(self.single_observation_space, observations, empty))
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return self._loop.run_until_complete(work)

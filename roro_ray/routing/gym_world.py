@@ -62,7 +62,7 @@ class RoutingWorld:
             raise ConfigError("an environment needs queries and got none: raise data.router_queries")
 
     @property
-    def action_space(self) -> gym.spaces.Discrete:
+    def action_space(self) -> gym.spaces.Discrete[np.int64]:
         """The models of the pool, from cheap to dear."""
         return gym.spaces.Discrete(self.pool.size)
 

@@ -8,7 +8,7 @@ its peeks, limits, costs and scores, is the same one that every method runs in.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from roro_ray.config import EpisodeConfig
 from roro_ray.routing.episode import EpisodeSpec, run_episode
@@ -84,9 +84,8 @@ class SteppedEpisode:
 
     async def _next(self) -> Observation | Trajectory:
         assert self._task is not None and self._asked is not None
-        await asyncio.wait(
-            {self._task, self._asked}, return_when=asyncio.FIRST_COMPLETED, timeout=self._config.timeout_s
-        )
+        waiting: set[asyncio.Future[Any]] = {self._task, self._asked}
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED, timeout=self._config.timeout_s)
         if self._asked.done():
             return self._asked.result()
         if self._task.done():
