@@ -65,7 +65,10 @@ class Fleet:
         """By model: replicas `now` and `wanted`; `starts`, `releases`, `restarts` of replicas; `requests`, of which
         `retried` and `moved`, and replicas found to hang (`hangs`), as workers told within the last second."""
         if self._groups and self._thread is None:
-            self._tick({})
+            try:
+                self._tick({})
+            except (DeadlineError, RayError) as error:
+                logger.warning("the replicas could not be looked at: %s", error)
         return read_facts(self._board)
 
     def watch(self, listener: Listener) -> Callable[[], None]:

@@ -20,7 +20,7 @@ from ray.exceptions import ObjectLostError
 from actors.capacity import wait_for_resources
 from actors.dispatch import Dispatch, Limits, Progress
 from actors.engines import engine_bundle, gathers
-from actors.fleet import Fleet, count_replicas, start_engines
+from actors.fleet import Fleet, Listener, count_replicas, start_engines
 from actors.placement import bundle_options, role_bundle
 from actors.publish import CHANNEL, BoardClient, Weights
 from actors.resources import Bundle
@@ -250,6 +250,10 @@ class RolloutPool:
     def fleet_facts(self) -> dict[str, dict[str, int]]:
         """The replicas of each model (see `Fleet.facts`); empty where the workers host the models themselves."""
         return self.fleet.facts() if self.fleet is not None else {}
+
+    def watch_fleet(self, listener: Listener) -> Callable[[], None]:
+        """Have `listener` told the facts whenever the number of replicas changes; call what is returned to end it."""
+        return self.fleet.watch(listener) if self.fleet is not None else lambda: None
 
 
 def pool_bundles(config: Config) -> list[Bundle]:

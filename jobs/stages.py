@@ -16,6 +16,7 @@ from jobs._cli import run_stage
 from jobs._cluster import open_ray
 from jobs._faults import count_faults
 from jobs._progress import Progress
+from jobs._replicas import log_replicas
 from jobs._terminal import say
 from roro_ray.config import Config
 from roro_ray.data.run_dir import RunDir, read_json
@@ -73,6 +74,7 @@ def collect_stage(config: Config, run: RunDir, pool: RolloutPool) -> None:
     with (
         run_stage(run, "collect", "Collect trajectories") as facts,
         count_faults(run, "collect", facts) as faults,
+        log_replicas(run, "collect", pool),
         Progress("collect", total, "episodes") as bar,
     ):
         over, census = 0, Census(pool)
@@ -113,6 +115,7 @@ def pairs_stage(config: Config, run: RunDir, pool: RolloutPool) -> None:
     with (
         run_stage(run, "make_pairs", "Make preference pairs") as facts,
         count_faults(run, "make_pairs", facts) as faults,
+        log_replicas(run, "make_pairs", pool),
         Progress("pairs", 1, "shards") as bar,
     ):
         census = Census(pool)
@@ -183,6 +186,7 @@ def router_stage(config: Config, run: RunDir, pool: RolloutPool, method: str, na
     with (
         run_stage(run, stage, title) as facts,
         count_faults(run, stage, facts) as faults,
+        log_replicas(run, stage, pool),
         Progress(name, iterations, "iterations") as bar,
         _open_reward(settings, run) as reward,
     ):
@@ -223,6 +227,7 @@ def evaluate_stage(
     with (
         run_stage(run, "evaluate", "Evaluate") as facts,
         count_faults(run, "evaluate", facts) as faults,
+        log_replicas(run, "evaluate", pool),
         Progress("evaluate", 1, "stages") as bar,
     ):
         episodes, census = 0, Census(pool)

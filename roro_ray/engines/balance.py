@@ -70,7 +70,7 @@ class Balance:
         self._shares = 0.0
         self._usual: dict[str, float] = {}
         self._slow: list[str] = []
-        self._calls = 0
+        self._calls = self._finished = 0
         self._look_at = 0.0
         self.moved = 0
 
@@ -155,7 +155,9 @@ class Balance:
         seconds = min((self._clock() - began) / units, _WORST * (self._usual.get(kind, math.inf) + _FLOOR_S))
         weight = _PROBE_WEIGHT if member.share < 1 else _WEIGHT
         member.means[kind] = member.means.get(kind, seconds) * (1 - weight) + seconds * weight
-        self._look_at = 0.0
+        self._finished += 1
+        if self._finished >= len(self._up):  # weighing all costs as much as there are
+            self._look_at = 0.0
 
     def _arrange(self) -> None:
         self._up = {key: member for key, member in self._members.items() if member.state is State.UP}
@@ -165,7 +167,7 @@ class Balance:
     def _weigh(self) -> None:
         """Each replica's share, from the mean times and from how long its oldest call has been under way."""
         now = self._clock()
-        self._look_at = now + _LOOK_S
+        self._look_at, self._finished = now + _LOOK_S, 0
         kinds = {kind for member in self._up.values() for kind in member.means}
         self._usual = {
             kind: statistics.median_low(m.means[kind] for m in self._up.values() if kind in m.means) for kind in kinds
