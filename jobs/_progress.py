@@ -68,9 +68,8 @@ class Progress:
         """Tell how many units are done in all."""
         count, now = self._count_to(done), time.monotonic()
         often, seldom = _LINE_EVERY_S
-        if self._bar is None and count and now - self._last_line >= min(
-            max(often, _LINE_SHARE * (now - self._began)), seldom
-        ):
+        pause = min(max(often, _LINE_SHARE * (now - self._began)), seldom)
+        if self._bar is None and count and now - self._last_line >= pause:
             self._last_line = now
             say(self.line())
 

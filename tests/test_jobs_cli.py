@@ -8,8 +8,10 @@ import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -149,6 +151,70 @@ def test_an_interrupt_says_how_to_go_on(tmp_path: Path, capsys) -> None:
     assert lines_said(capsys) == ["Stopped by SIGINT. The same command goes on from here."]
     (record,) = read_metrics(tmp_path / "r" / "metrics.jsonl")
     assert (record["event"], record["signal"]) == ("stopped", "SIGINT")
+
+
+@pytest.mark.parametrize("end", ["inside the job", "inside Ray's wait", "while Ray starts"])
+def test_sigterm_unwinds_the_job_and_is_told(end: str, tmp_path: Path, capsys) -> None:
+    given_back = []
+
+    def main(config: Config, run: RunDir, arguments: object) -> None:
+        try:
+            if end == "while Ray starts":
+                sys.exit(signal.SIGTERM)  # as the handler does that `ray.init` puts in
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt as error:
+            if end == "inside Ray's wait":
+                raise KeyboardInterrupt from error  # Ray's core hands on no subclass
+            raise
+        finally:
+            given_back.append(True)
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_with(main, f"run_dir={tmp_path}/r") == 143
+    assert given_back and signal.getsignal(signal.SIGTERM) is before
+    assert lines_said(capsys)[-1] == "Stopped by SIGTERM. The same command goes on from here."
+    (record,) = read_metrics(tmp_path / "r" / "metrics.jsonl")
+    assert (record["event"], record["signal"]) == ("stopped", "SIGTERM")
+
+
+def test_a_second_sigterm_ends_a_job_whose_way_out_takes_long(tmp_path: Path) -> None:
+    code = """
+import signal, sys, time
+from jobs._cli import make_parser, run_job
+
+def main(config, run, arguments):
+    try:
+        print("working", flush=True)
+        time.sleep(60)
+    finally:
+        signal.raise_signal(signal.SIGTERM)  # at once: the same request, as `timeout` sends it to the group too
+        print("giving back", flush=True)
+        time.sleep(60)
+        print("given back", flush=True)
+
+run_job(make_parser("test", "A job.", ("data",)), main)
+"""
+    command = [sys.executable, "-c", code, f"run_dir={tmp_path}/r"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "working\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == "giving back\n"
+        time.sleep(1.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 143
+        assert process.stdout.read() == "" and "a second SIGTERM" in process.stderr.read()
+
+
+def test_a_relative_run_is_refused_where_ray_would_delete_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123456789abcdef"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    assert run_with(lambda *_: None, "run_dir=runs/mine") == 2
+    assert "run_dir=runs/mine is relative" in capsys.readouterr().err and not (copy / "runs").exists()
+    assert run_with(lambda *_: None, f"run_dir={tmp_path}/r") == 0
 
 
 def test_a_collision_names_the_key_and_the_way_out(tmp_path: Path, capsys) -> None:
