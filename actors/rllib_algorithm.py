@@ -118,7 +118,7 @@ def _set_up(config: Config, env_settings: dict[str, Any]) -> Any:
             num_cpus_per_env_runner=runner.resources["CPU"],
             num_gpus_per_env_runner=runner.resources.get("GPU", 0),
             custom_resources_per_env_runner=_custom(runner),
-            sample_timeout_s=config.episode.timeout_s,
+            sample_timeout_s=config.episode.timeout_s + config.ray.timeout_s,  # a runner that came back loads first
         )
         .learners(
             learner_class=RouterLearner,
