@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import ray
 
+from actors import capacity
 from actors.autoscaler import find_growth
 from actors.capacity import check_resources, wait_for_resources
 from actors.placement import bundle_options
@@ -40,7 +41,10 @@ def holder() -> Iterator[Any]:
     ("bundles", "told"),
     [
         ([Bundle({"CPU": 64.0})], r"its parts asks for CPU 64, more than any node has.*cluster has CPU 4"),
-        ([Bundle({"CPU": 0.5})] * 20, r"it asks for 20 parts of CPU 0\.5 each, and at most 8 of them fit; the cluster has CPU 4"),
+        (
+            [Bundle({"CPU": 0.5})] * 20,
+            r"it asks for 20 parts of CPU 0\.5 each, and at most 8 of them fit; the cluster has CPU 4",
+        ),
         ([Bundle({"CPU": 0.5, "GPU": 1.0})], r"asks for CPU 0\.5, GPU 1, more than any node has"),
     ],
 )
@@ -57,6 +61,19 @@ def test_what_fits_later_is_waited_for(holder: Any) -> None:
         wait_for_resources([Bundle({"CPU": 1.0})] * 2, "the test", RayConfig(timeout_s=0.3))
     ray.kill(holder)
     wait_for_resources([Bundle({"CPU": 1.0})] * 2, "the test", RayConfig(timeout_s=20.0))
+
+
+def test_where_nodes_may_come_it_waits_and_tells_what_for(caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capacity, "_TELL_S", 0.3)
+    with pytest.raises(ResourceError, match=r"waited 1 s for CPU 64; free are CPU 4 of CPU 4, being launched: nothing"):
+        wait_for_resources([Bundle({"CPU": 64.0})], "the test", RayConfig(autoscaler=True, grow_timeout_s=1.0))
+    lines = [record.message for record in caplog.records if record.name == "actors.capacity"]
+    assert lines[0] == "the test waits for 1 x (CPU 64); free: CPU 4; being launched: nothing"
+    assert "the test still waits after" in lines[1] and lines[1].endswith("free: CPU 4; being launched: nothing")
+    from ray.util.placement_group import placement_group_table
+
+    groups = [group for group in placement_group_table().values() if group["bundles"] == {0: {"CPU": 64.0}}]
+    assert [group["state"] for group in groups] == ["REMOVED"], "nothing is left that an autoscaler would act on"
 
 
 def test_a_local_cluster_is_not_taken_for_an_autoscaled_one() -> None:

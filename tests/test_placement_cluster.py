@@ -8,48 +8,37 @@ import pytest
 from fake_cluster import FakeType, fake_cluster
 
 pytestmark = pytest.mark.slow
+CHEAP = FakeType({"CPU": 1, "slot": 1}, {"tier": "cheap"}, most=3)
+TIER = {"tier": "in(cheap, spot)"}
 
 
-def make_config(version: int, **ray: Any) -> Any:
+def make_config(**ray: Any) -> Any:
     from tests.scripted_world import make_scripted_config
 
     config = make_scripted_config()
-    config.ray.workers, config.ray.worker_cpus, config.ray.timeout_s = 2, 0.5, 60.0
-    config.ray.labels = {"rollout": {"tier": "in(cheap, spot)"}}
-    if version == 1:  # the autoscaler of `ray up` sees resources only
-        config.ray.resources = {"rollout": {"slot": 1.0}}
+    config.ray.workers, config.ray.worker_cpus, config.ray.timeout_s, config.ray.grow_timeout_s = 2, 0.5, 60.0, 90.0
+    config.ray.resources, config.ray.labels = {"rollout": {"slot": 1.0}}, {"rollout": TIER}
     for key, value in ray.items():
         setattr(config.ray, key, value)
     return config
 
 
-def refuse(config: Any) -> str:
-    from actors.rollout import RolloutPool
-    from roro_ray.errors import ResourceError
-    from tests.scripted_world import make_scripted_runner
-
-    try:
-        RolloutPool.start(config, make_scripted_runner)
-    except ResourceError as error:
-        return str(error)
-    raise AssertionError("it was started")
-
-
-def grow_and_run(version: int) -> dict[str, Any]:
-    """In the driver: what is refused, and a pool whose nodes do not exist yet."""
+def run_pool() -> dict[str, Any]:
+    """In the driver: what is refused, and a rollout pool whose nodes do not exist yet."""
     import ray
 
     from actors.rollout import RolloutPool
+    from roro_ray.errors import ResourceError
     from tests.scripted_world import make_scripted_runner, make_specs
 
     ray.init(log_to_driver=False)
-    refused = [
-        refuse(make_config(version, worker_cpus=8.0)),
-        refuse(make_config(version, workers=7)),
-        refuse(make_config(version, labels={"rollout": {"tier": "dear"}})),
-    ]
+    refused = []
+    for settings in ({"worker_cpus": 8.0}, {"workers": 7}, {"labels": {"rollout": {"tier": "dear"}}}):
+        with pytest.raises(ResourceError) as error:
+            RolloutPool.start(make_config(**settings), make_scripted_runner)
+        refused.append(str(error.value))
     nodes_then = len(ray.nodes())
-    pool = RolloutPool.start(make_config(version), make_scripted_runner)
+    pool = RolloutPool.start(make_config(), make_scripted_runner)
     results = pool.run(make_specs(2))
     labels = {node["NodeID"]: node["Labels"].get("tier") for node in ray.nodes() if node["Alive"]}
     seen = {
@@ -63,17 +52,54 @@ def grow_and_run(version: int) -> dict[str, Any]:
     return seen
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_nodes_come_for_a_pool_and_go_and_what_never_fits_is_refused(version: int) -> None:
-    types = {"cheap": FakeType({"CPU": 1, "slot": 1}, {"tier": "cheap"}, most=3)}
-    with fake_cluster(types, idle_s=2, version=version) as cluster:
-        seen = cluster.call("test_placement_cluster:grow_and_run", version)
-        print(seen)
+def test_nodes_come_for_a_pool_and_go_and_what_never_fits_is_refused() -> None:
+    with fake_cluster({"cheap": CHEAP}, idle_s=2) as cluster:
+        seen = cluster.call("test_placement_cluster:run_pool")
         cluster.wait_for_nodes(1)
     assert seen["nodes_then"] == 1, "nothing was launched for what was refused"
     large, many, labelled = seen["refused"]
-    assert "CPU 8" in large and "the largest node type, cheap, has CPU 1" in large
-    assert "7 parts of CPU 0.5" in many and "3 x cheap" in many
+    assert "CPU 8, slot 1 on a node with tier=in(cheap, spot), more than any node has" in large
+    assert "the largest node type, cheap, has CPU 1, slot 1, tier=cheap; the cluster has CPU 1 on 1 node(s)" in large
+    assert "7 parts of CPU 0.5" in many and "at most 3 of them fit" in many
+    assert "its autoscaler may launch 3 x cheap (CPU 1, slot 1), at most 8 node(s) in all" in many
     assert "tier=dear, and no node has such labels: the nearest node type, cheap, has" in labelled
-    assert set(seen["tiers"]) == {"cheap"}
-    assert set(seen["results"]) == {"Trajectory"}
+    assert seen["tiers"] == ["cheap", "cheap"] and seen["nodes"] == 2
+    assert seen["results"] == ["Trajectory", "Trajectory"]
+
+
+class Actor:
+    """Tells the label of its node."""
+
+    def tier(self) -> str:
+        import ray
+
+        return str(ray.get_runtime_context().get_node_labels()["tier"])
+
+
+def run_actors() -> dict[str, Any]:
+    """In the driver: actors that ask for a label alone."""
+    import ray
+
+    from actors.capacity import wait_for_resources
+    from actors.placement import bundle_options
+    from actors.resources import Bundle
+    from actors.waiting import wait_for
+    from roro_ray.config import RayConfig
+    from roro_ray.errors import ResourceError
+
+    ray.init(log_to_driver=False)
+    settings, bundle = RayConfig(timeout_s=90.0), Bundle({"CPU": 0.5}, TIER)
+    with pytest.raises(ResourceError) as error:
+        wait_for_resources([bundle] * 7, "the test", settings)
+    nodes_then = len(ray.nodes())
+    wait_for_resources([bundle] * 2, "the test", settings)
+    actors = [ray.remote(Actor).options(**bundle_options(bundle)).remote() for _ in range(2)]
+    tiers = wait_for([actor.tier.remote() for actor in actors], "their tiers", 60.0)
+    return {"refused": str(error.value), "nodes_then": nodes_then, "tiers": tiers}
+
+
+def test_the_autoscaler_of_kuberay_also_minds_labels() -> None:
+    with fake_cluster({"cheap": CHEAP}, version=2) as cluster:
+        seen = cluster.call("test_placement_cluster:run_actors")
+    assert "7 parts of CPU 0.5 on a node with tier=in(cheap, spot) each, and at most 6 of them fit" in seen["refused"]
+    assert seen["nodes_then"] == 1 and seen["tiers"] == ["cheap", "cheap"]
