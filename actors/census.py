@@ -6,14 +6,14 @@ count needs no message from the dead and none from those that waited for them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from actors.waiting import find_actor
 
 
 class Census:
-    """Deaths of rollout workers, engines' actors and the reward service since it was made.
+    """Deaths of rollout workers, engines' actors and the reward service since it was made, and how requests fared.
 
     Args:
         pool: a RolloutPool, or None.
@@ -29,7 +29,7 @@ class Census:
         self._taken = dict.fromkeys(self._before, 0)
 
     def total(self) -> dict[str, int]:
-        """`worker_deaths`, `engine_deaths` and `reward_restarts` so far, of the kinds that there are."""
+        """`worker_deaths`, `engine_deaths`, `reward_restarts` and the like so far, of the kinds that there are."""
         now = self._count()
         return {name: max(now[name] - self._before[name], 0) for name in now}
 
@@ -44,12 +44,19 @@ class Census:
         counts = {}
         if self._pool is not None:
             counts["worker_deaths"] = _count_deaths(self._pool.workers)
-            counts["engine_deaths"] = _count_deaths(engine.actor for engine in self._pool.engines)
+            counts |= _count_fleet(self._pool.fleet_facts())
         if self._engine is not None:
             counts["engine_deaths"] = _count_deaths([self._engine.actor])
         if self._reward is not None:
             counts["reward_restarts"] = _count_deaths([self._reward.actor])
         return counts
+
+
+def _count_fleet(facts: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    """Of the replicas of all models: deaths, hangs, requests that were tried again or given to another replica."""
+    names = {"engine_deaths": "restarts", "engine_hangs": "hangs", "requests_retried": "retried"}
+    names |= {"requests_moved": "moved", "requests": "requests"}
+    return {name: sum(model.get(key, 0) for model in facts.values()) for name, key in names.items()} if facts else {}
 
 
 def _count_deaths(actors: Iterable[Any]) -> int:
