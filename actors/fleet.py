@@ -30,6 +30,7 @@ from roro_ray.engines.replicas import FleetOptions
 from roro_ray.engines.scaling import Scaler
 from roro_ray.errors import DeadlineError
 from roro_ray.gpu_checks import shares_gpu
+from roro_ray.placement import count_replicas
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ def start_engines(config: Config, make: MakeEngine = make_model_engine) -> Fleet
     starter = _Starter(config, make)
     groups, engines = [], []
     for model in config.pool.models:
-        least, most = count_replicas(config, model)
+        least, most = count_replicas(config, model.name)
         scaler = Scaler(least, most, config.ray.replica_target, config.ray.replica_idle_s)
         group = Group(model.name, scaler, partial(starter.start, model), config.ray.timeout_s)
         options = FleetOptions(
@@ -158,9 +159,3 @@ class _Starter:
         if shares:
             self._before = ready
         return handle, ready
-
-
-def count_replicas(config: Config, model: ModelConfig) -> tuple[int, int]:
-    """The least and the most replicas of a model."""
-    least, most = config.ray.replicas.get(model.name, (1, 1))
-    return least, most

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import ObjectLostError
 
-from actors.capacity import wait_for_resources
+from actors.capacity import check_resources, wait_for_resources
 from actors.dispatch import Dispatch, Limits, Progress
 from actors.engines import engine_bundle, gathers
-from actors.fleet import Fleet, Listener, count_replicas, start_engines
+from actors.fleet import Fleet, Listener, start_engines
 from actors.placement import bundle_options, role_bundle
 from actors.publish import CHANNEL, BoardClient, Weights
 from actors.resources import Bundle
@@ -29,6 +29,7 @@ from actors.waiting import wait_async, wait_for
 from roro_ray.config import Config
 from roro_ray.engines.protocol import Engine, EngineFacts
 from roro_ray.errors import MissingWeightsError
+from roro_ray.placement import count_replicas
 from roro_ray.routing.episode import EpisodeFailure, EpisodeSpec
 from roro_ray.types import Query, Trajectory
 
@@ -160,6 +161,9 @@ class RolloutPool:
         settings = config.ray
         bundles = pool_bundles(config)
         wait_for_resources(bundles, "the rollout pool", settings)
+        late = _late_bundles(config)
+        if late:  # started later, but what can never be had is refused now
+            check_resources(late, "a replica", settings)
         fleet = start_engines(config) if config.pool.placement == "actors" else None
         engines = fleet.engines if fleet is not None else ()
         actor = ray.remote(RolloutWorker).options(
@@ -171,7 +175,9 @@ class RolloutPool:
         workers = tuple(actor.remote(config, engines, make) for _ in range(settings.workers))
         board = BoardClient.start()
         try:
-            facts = wait_for([w.ready.remote() for w in workers], "rollout workers: ready", settings.timeout_s, workers)
+            refs = [worker.ready.remote() for worker in workers]
+            growth_s = (settings.grow_timeout_s or settings.timeout_s) if late else 0.0
+            facts = wait_for(refs, "rollout workers: ready", settings.timeout_s + growth_s, workers)
         except BaseException:
             for handle in (*workers, board.actor):
                 ray.kill(handle)
@@ -261,8 +267,16 @@ def pool_bundles(config: Config) -> list[Bundle]:
     bundles = [worker_bundle(config)] * config.ray.workers
     if config.pool.placement == "actors":
         for model in config.pool.models:
-            bundles += [engine_bundle(config, model)] * count_replicas(config, model)[0]
+            bundles += [engine_bundle(config, model)] * count_replicas(config, model.name)[0]
     return bundles
+
+
+def _late_bundles(config: Config) -> list[Bundle]:
+    """What the first replica asks for of each model that begins with none."""
+    if config.pool.placement != "actors":
+        return []
+    models = [model for model in config.pool.models if not count_replicas(config, model.name)[0]]
+    return [engine_bundle(config, model) for model in models]
 
 
 def worker_bundle(config: Config) -> Bundle:

@@ -26,6 +26,7 @@ def check_cluster(settings: Config) -> None:
         ConfigError: names the key, the value and what to do.
     """
     _check_placement(settings)
+    _check_replicas(settings)
     faults = settings.faults
     if faults.rollouts not in ROLLOUTS:
         raise ConfigError(
@@ -46,7 +47,12 @@ def check_cluster(settings: Config) -> None:
 
 
 def warn_unplaced(settings: Config) -> None:
-    """Warn of a placement of engines where no engine has an actor of its own."""
+    """Warn of a placement of engines, or of their replicas, where no engine has an actor of its own."""
+    if settings.ray.replicas and settings.pool.placement == "colocated":
+        warnings.warn(
+            "ray.replicas will be ignored (pool.placement=colocated: each rollout worker has a copy of its own).",
+            stacklevel=4,
+        )
     if settings.pool.placement == "actors" or settings.reward.backend == "engine":
         return
     for key, by_role in (("resources", settings.ray.resources), ("labels", settings.ray.labels)):
@@ -79,6 +85,31 @@ def _check_placement(settings: Config) -> None:
                     f"ray.labels.{role}.{name}: got {selector!r}, expected a value such as gpu, !gpu, in(a, b) or "
                     "!in(a, b)."
                 )
+
+
+def _check_replicas(settings: Config) -> None:
+    models = [model.name for model in settings.pool.models]
+    for name, bounds in settings.ray.replicas.items():
+        if name not in models:
+            raise ConfigError(
+                f"ray.replicas: {name!r} is no model of the pool, expected one of {', '.join(models)}"
+                f"{did_you_mean(name, models)}."
+            )
+        if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] or bounds[1] < 1:
+            raise ConfigError(
+                f"ray.replicas.{name}: got {list(bounds)}, expected [least, most] with 0 <= least <= most and most of "
+                f"at least 1, such as {name}: [0, 4]."
+            )
+    if settings.ray.replica_target <= 0:
+        raise ConfigError(f"ray.replica_target: got {settings.ray.replica_target:g}, expected more than 0.")
+    for key in ("replica_idle_s", "step_timeout_s"):
+        if getattr(settings.ray, key) < 0:
+            raise ConfigError(f"ray.{key}: got {getattr(settings.ray, key):g}, expected at least 0.")
+    if settings.ray.step_timeout_s > settings.episode.timeout_s:
+        raise ConfigError(
+            f"ray.step_timeout_s={settings.ray.step_timeout_s:g} and episode.timeout_s={settings.episode.timeout_s:g} "
+            "contradict each other: a hung replica would be found only when its episodes are over. Lower the first."
+        )
 
 
 def _check_roles(key: str, by_role: Mapping[str, object], models: Mapping[str, str]) -> None:

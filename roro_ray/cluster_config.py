@@ -31,7 +31,7 @@ class RayConfig:
     replicas: dict[str, list[int]] = field(default_factory=dict)  # model: [least, most] actors (pool.placement=actors)
     replica_target: float = 32.0  # requests in hand that a replica should have: above it another one is started
     replica_idle_s: float = 30.0  # a replica that is needed no more is released after this long
-    step_timeout_s: float = 0.0  # deadline of one call to an engine's actor; 0: episode.timeout_s
+    step_timeout_s: float = 0.0  # a replica that does not answer so long is probed; 0: a quarter of episode.timeout_s
     grow_timeout_s: float = 0.0  # longest wait for resources that an autoscaler may still bring; 0: timeout_s
 
 

@@ -46,6 +46,21 @@ def find_resources(config: Config, role: str) -> dict[str, float]:
     return dict(_find(config.ray.resources, config, role))
 
 
+def count_replicas(config: Config, model: str) -> tuple[int, int]:
+    """The least and the most replicas that the model of that name has (pool.placement=actors)."""
+    least, most = config.ray.replicas.get(model, (1, 1))
+    return least, most
+
+
+def describe_replicas(config: Config) -> str:
+    """`one actor per model`, or how many of each: `in actors (small 1, large 0 to 4)`."""
+    bounds = {model.name: count_replicas(config, model.name) for model in config.pool.models}
+    if set(bounds.values()) == {(1, 1)}:
+        return "one actor per model"
+    told = [f"{name} {least}" + (f" to {most}" if most > least else "") for name, (least, most) in bounds.items()]
+    return f"in actors ({', '.join(told)})"
+
+
 def find_labels(config: Config, role: str) -> dict[str, str]:
     """What the labels of a node must be for an actor of a role, or of the model of that name (see `ray.labels`)."""
     return dict(_find(config.ray.labels, config, role))

@@ -6,7 +6,7 @@ import os
 
 from roro_ray.config import Config
 from roro_ray.estimate.describe import describe_estimate
-from roro_ray.placement import describe_placement
+from roro_ray.placement import count_replicas, describe_placement, describe_replicas
 
 
 def describe_plan(config: Config) -> str:
@@ -54,10 +54,11 @@ def _resource_lines(config: Config) -> list[str]:
     ray, router = config.ray, config.router
     rollouts = ray.workers * ray.worker_cpus
     learner = router.workers * ray.learner_cpus
-    engines = len(config.pool.models) * ray.engine_cpus if config.pool.placement == "actors" else 0.0
+    bounds = [count_replicas(config, model.name) for model in config.pool.models]
+    engines = sum(least for least, _ in bounds) * ray.engine_cpus if config.pool.placement == "actors" else 0.0
     total = rollouts + learner + engines + ray.reward_cpus
     devices = sorted({model.device for model in config.pool.models})
-    placement = "inside each worker" if config.pool.placement == "colocated" else "one actor per model"
+    placement = "inside each worker" if config.pool.placement == "colocated" else describe_replicas(config)
     return [
         f"resources    {total:g} logical CPUs: {ray.workers} rollout workers x {ray.worker_cpus:g}, {router.workers} "
         f"learner(s) x {ray.learner_cpus:g}, reward service {ray.reward_cpus:g}",
