@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -274,5 +275,12 @@ def _make_entry(info: Mapping[str, Any]) -> Entry:
     size = int(info.get("size") or 0)
     for key in (*_CONTENT_KEYS, *_TIME_KEYS):
         if info.get(key):
-            return Entry(size, f"{size}:{key.lower()}:{info[key]}")
+            return Entry(size, f"{size}:{key.lower()}:{_format(info[key])}")
     return Entry(size, None)
+
+
+def _format(value: Any) -> str:
+    """The same text for the same time, which some systems tell as a date here and as seconds there."""
+    if isinstance(value, datetime):
+        value = value.timestamp()
+    return f"{value:.6f}" if isinstance(value, float) else str(value)
