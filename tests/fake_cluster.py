@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ class Cluster:
         finally:
             state.disconnect()
 
-    def wait_for_nodes(self, count: int, timeout_s: float = 60) -> None:
+    def wait_for_nodes(self, count: int, timeout_s: float = 100) -> None:
         """Wait until so many nodes, the head among them, are alive."""
         deadline = time.monotonic() + timeout_s
         while (there := len(self.list_nodes())) != count:
@@ -114,13 +114,13 @@ class Cluster:
 
 
 @contextmanager
-def many_nodes(cpus: float = 1) -> Iterator[Cluster]:
-    """A head alone, to which `add_node` adds others; no autoscaler."""
+def many_nodes(cpus: float = 1, resources: Mapping[str, float] | None = None) -> Iterator[Cluster]:
+    """A head alone (of these resources beside its CPUs), to which `add_node` adds others; no autoscaler."""
     with short_temp_dir() as temp_dir:
         port = free_ports(1)[0]
         # A node that is gone is missed after 2 s, not after 15.
         environment = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "4"}
-        with _running(temp_dir, port, _node_options({"CPU": cpus}, {}), environment) as cluster:
+        with _running(temp_dir, port, _node_options({"CPU": cpus, **(resources or {})}, {}), environment) as cluster:
             yield cluster
 
 
@@ -242,6 +242,6 @@ def _kill_family(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
         for pid in family:
-            if psutil.pid_exists(pid):
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     process.wait(20)
