@@ -50,7 +50,8 @@ class Board:
     """The actor behind `BoardClient`."""
 
     def __init__(self) -> None:
-        self._serial = 0
+        # From another number after a restart, so that nobody takes new weights for old ones of the same serial number.
+        self._serial = uuid.uuid4().int % 2**62
         self._weights: dict[str, dict[int, Weights]] = {}
         self._messages: dict[str, list[dict[str, Any]]] = {}
         self._born = uuid.uuid4().hex  # another after a restart, when messages are counted anew

@@ -35,6 +35,7 @@ import pytest
 import torch
 
 from actors.fleet import start_engines
+from actors.host import ClusterHost
 from actors.reward_service import RewardClient
 from actors.rollout import RolloutPool
 from actors.waiting import find_actor
@@ -50,7 +51,7 @@ from roro_ray.learning.router_run import FINISHED, RouterRun, make_train_queries
 from roro_ray.learning.router_run import read_metrics as read_rows
 from roro_ray.routing.router import make_router
 from roro_ray.routing.router_files import load_router, save_router
-from tests.scripted_world import make_engines, make_scripted_config, make_scripted_runner
+from tests.scripted_world import make_engines, make_scripted_config, make_scripted_runner, make_specs
 from tests.witness import WatchedReward, Witness, load_watched_reward, make_watched_engine, make_watched_runner
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -254,3 +255,16 @@ def test_a_worker_dies_while_it_searches_for_the_oracle(world: World) -> None:
         found = world.pool.find_oracle(queries, 0)
     with LocalHost(world.config, EnginePool(make_engines())) as host:
         assert found == host.find_oracle(queries)
+
+
+def test_the_board_dies_and_takes_the_weights_along(world: World, tmp_path: Path) -> None:
+    host, results = ClusterHost(world.pool, 0), []
+    for seed in (5, 6):  # the second router is published by the board's second life
+        torch.manual_seed(seed)
+        host.use_router(save_router(make_router(world.config.router, 2), tmp_path / str(seed)))
+        results.append(plain(host.run(make_specs(4, "router"))))
+        pid = find_actor(world.pool.board.actor)["Pid"]
+        os.kill(pid, signal.SIGKILL)
+        assert plain(host.run(make_specs(4, "router"))) == results[-1]
+        assert find_actor(world.pool.board.actor)["Pid"] != pid
+    assert results[0] != results[1]
