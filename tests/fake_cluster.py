@@ -32,6 +32,7 @@ from typing import Any
 import psutil
 from processes import BIN, ROOT, clean_environment, free_ports, short_temp_dir, wait_for_port
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+from ray.exceptions import RaySystemError
 
 _HEAD = "ray.head.default"  # the name that Ray's fake provider gives it
 _STORE_BYTES = 100 * 2**20
@@ -88,10 +89,15 @@ class Cluster:
         state = GlobalState()
         options = GcsClientOptions.create(self.address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False)
         state._initialize_global_state(options)
-        try:
-            return [node for node in state.node_table() if node["Alive"]]
-        finally:
-            state.disconnect()
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                return [node for node in state.node_table() if node["Alive"]]
+            except RaySystemError:  # a machine with much else to do answers late
+                if time.monotonic() > deadline:
+                    raise
+            finally:
+                state.disconnect()
 
     def wait_for_nodes(self, count: int, timeout_s: float = 100) -> None:
         """Wait until so many nodes, the head among them, are alive."""
