@@ -18,8 +18,9 @@ from roro_ray.config import Config, RewardConfig
 from roro_ray.engines.protocol import ChoiceScores, Engine, EngineFacts, StepRequest, StepResult
 from roro_ray.learning.router_run import make_train_queries
 from roro_ray.learning.router_training import RouterTrainer
+from roro_ray.routing.episode import EpisodeSpec
 from roro_ray.routing.router import make_router
-from roro_ray.types import Query
+from roro_ray.types import Query, Verdict
 
 # Seconds a token of a 7.6B and a 32.8B model in bf16 that decode one text on one H100: 2 bytes a parameter at 60% of
 # 3.35 TB/s (the figures that `jobs.costs` reckons with).
@@ -106,6 +107,49 @@ def open_site(config: Config, pace_s: Sequence[float], queries: Sequence[Query])
             pool.stop()
 
 
+def make_local_site(config: Config, pace_s: Sequence[float], score_s: float, learn_s: float) -> Site:
+    """Every role on a machine of its own, played in this process: rollouts, Judge and learner take time and little CPU.
+
+    Args:
+        score_s: seconds that a batch's verdicts (all alike) take.
+        learn_s: seconds that an update takes beside what it computes here.
+    """
+    from roro_ray.engines.pool import EnginePool, make_pool
+    from roro_ray.routing.router_policy import RouterPolicy
+    from roro_ray.routing.runner import Runner
+
+    engines = [PacedEngine(engine, pace) for engine, pace in zip(make_pool(config.pool).engines, pace_s, strict=True)]
+    pool = EnginePool(engines)
+    asyncio.run(pool.ready())
+    runner = Runner(pool, RouterPolicy(make_router(config.router, pool.size), -1), config.episode)
+    states: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
+
+    def run(specs: Sequence[EpisodeSpec], version: int, name: str) -> Any:
+        own = runner.copy()
+        own.load_router(states[name, version], version)
+        return asyncio.run(own.run(specs))
+
+    def publish(state: dict[str, torch.Tensor], version: int, name: str, keep: int) -> None:
+        time.sleep(learn_s if version else 0.0)
+        states[name, version] = {key: tensor.detach().clone() for key, tensor in state.items()}
+
+    def score(queries: Sequence[Query], groups: Sequence[Sequence[Any]]) -> list[tuple[Verdict, ...]]:
+        time.sleep(score_s)
+        return [tuple(Verdict(0.0) for _ in group) for group in groups]
+
+    return Site(run, publish, score)
+
+
+def simulate_lags(
+    config: Config, lags: Sequence[int], rounds: int, pace_s: Sequence[float], score_s: float, learn_s: float
+) -> dict[int, dict[str, Any]]:
+    """As `compare_lags`, with every role on a machine of its own (`make_local_site`)."""
+    queries = make_train_queries(config)
+    site = make_local_site(config, pace_s, score_s, learn_s)
+    time_arm(site, config, queries, max(lags), "warm")
+    return _take_turns(site, config, queries, lags, rounds)
+
+
 def time_arm(site: Site, config: Config, queries: Sequence[Query], max_lag: int, name: str) -> dict[str, float]:
     """Wall seconds an iteration of one training, filling the pipeline and emptying it included, and where they went.
 
@@ -133,6 +177,7 @@ def time_arm(site: Site, config: Config, queries: Sequence[Query], max_lag: int,
     assert all(row["failed"] == row["stale"] == row["unscored"] == 0 for row in rows), "rollouts or scores failed"
     assert max(row["lag"] for row in rows) <= max_lag, "the lag is not bounded"
     means = {key: statistics.fmean(row[f"seconds_{key}"] for row in rows) for key in ("rollout", "score", "learn")}
+    means["learn"] += statistics.fmean(row["seconds_publish"] for row in rows)
     waited = sum(row["seconds_waited"] for row in rows) / iterations
     work = means["rollout"] + means["score"]
     return {"seconds": wall_s / iterations, **means, "waited": waited, "overlap": max(1 - waited / work, 0.0)}
@@ -152,19 +197,42 @@ def compare_lags(
         assert model.engine == "hf", "the embedded world's models"
     config.pool.memo_entries = config.pool.memo_entries if pace_s else 0
     queries = make_train_queries(config)
-    rows: dict[int, list[dict[str, float]]] = {lag: [] for lag in lags}
     with open_site(config, pace_s, queries) as site:
         time_arm(site, config, queries, max(lags), "warm")
-        for round_number in range(rounds):
-            order = list(lags) if round_number % 2 == 0 else list(reversed(lags))
-            for lag in order:
-                rows[lag].append(time_arm(site, config, queries, lag, f"lag {lag} round {round_number}"))
-    return {lag: _summarise(found, rows[lags[0]]) for lag, found in rows.items()}
+        return _take_turns(site, config, queries, lags, rounds)
 
 
-def _summarise(found: Sequence[dict[str, float]], first: Sequence[dict[str, float]]) -> dict[str, Any]:
+def _take_turns(
+    site: Site, config: Config, queries: Sequence[Query], lags: Sequence[int], rounds: int
+) -> dict[int, dict[str, Any]]:
+    rows: dict[int, list[dict[str, float]]] = {lag: [] for lag in lags}
+    for round_number in range(rounds):
+        for lag in lags if round_number % 2 == 0 else reversed(lags):
+            rows[lag].append(time_arm(site, config, queries, lag, f"lag {lag} round {round_number}"))
+    return {lag: _summarise(lag, config.router.iterations, found, rows[lags[0]]) for lag, found in rows.items()}
+
+
+def model_seconds(lag: int, iterations: int, rollout_s: float, score_s: float, learn_s: float) -> float:
+    """Seconds an iteration where the stages take so long whatever runs beside them, filling and emptying included.
+
+    A batch starts when the version it acts with is there; Judge and learner do one batch after the other.
+    """
+    ready_s = [0.0]  # of every version
+    judged_s = 0.0
+    for iteration in range(iterations):
+        rolled_s = ready_s[max(iteration - lag, 0)] + rollout_s
+        judged_s = max(rolled_s, judged_s) + score_s
+        ready_s.append(max(judged_s, ready_s[-1]) + learn_s)
+    return ready_s[-1] / iterations
+
+
+def _summarise(
+    lag: int, iterations: int, found: Sequence[dict[str, float]], first: Sequence[dict[str, float]]
+) -> dict[str, Any]:
     ratios = [base["seconds"] / row["seconds"] for base, row in zip(first, found, strict=True)]
     summary: dict[str, Any] = {key: round(statistics.median(row[key] for row in found), 2) for key in found[0]}
+    stages = [statistics.median(row[key] for row in first) for key in ("rollout", "score", "learn")]
+    summary["model"] = round(model_seconds(lag, iterations, *stages), 2)
     summary["speed"] = round(statistics.median(ratios), 2)
     summary["speed_range"] = [round(min(ratios), 2), round(max(ratios), 2)]
     return summary

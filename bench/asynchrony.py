@@ -5,6 +5,9 @@
    `here`: the shipped models, every step computed, all on this machine's cores, where rollouts and learning compete.
    `elsewhere`: rollouts take the time that large models would and no processor time, as when engines have machines of
    their own; every episode finds an engine with room (nothing queues), so a batch takes as long beside others as alone.
+   `apart`: every role on a machine of its own, played in one process: engines, Judge and learner take time and little
+   CPU; once with rollouts that dominate and once with a learner as slow as they.
+   `model` is what the stages' times at the first lag would give at this one, if none slowed another down.
 2. Quality: routers trained at each lag (the largest with both objectives) on outcome and cost, several seeds, measured
    on test queries; differences to lag 0 are paired by query and seed, with 95% bootstrap intervals over queries.
 """
@@ -22,9 +25,12 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from bench._lag_quality import Arm, measure_quality
-from bench._lag_speed import PACE_S, compare_lags
+from bench._lag_speed import PACE_S, compare_lags, simulate_lags
 from roro_ray.config import Config
 
+PARTS = ("here", "elsewhere", "apart", "quality")
+APART_S = {"rollouts dominate": (1.0, 1.5), "a slow learner": (1.0, 5.0)}  # seconds of the Judge and of the learner
+APART_PACE = 3  # so much slower than `PACE_S`, for the steps of the embedded world are short
 ARMS = (Arm(0), Arm(1), Arm(2), Arm(4), Arm(4, "decoupled"))
 
 
@@ -35,6 +41,14 @@ def make_speed_config(iterations: int, quick: bool) -> Config:
     config.data.router_queries = 4 if quick else 30
     if quick:
         config.router.queries, config.router.group_size = 4, 4
+    return config
+
+
+def make_apart_config(iterations: int) -> Config:
+    """Small batches and a router without encoder: what is computed here is to vanish beside what is waited for."""
+    config = Config()
+    config.router.iterations, config.router.encoder = iterations, ""
+    config.router.queries, config.router.group_size, config.data.router_queries = 4, 4, 4
     return config
 
 
@@ -51,11 +65,11 @@ def make_quality_config(quick: bool) -> Config:
 
 def show_speed(title: str, found: dict[int, dict[str, Any]]) -> None:
     """A table of one setting."""
-    print(f"\n{title}\n  lag   s/iteration   speed (range)        rollout  score  learn  waited  overlap")
+    print(f"\n{title}\n  lag   s/iteration  model   speed (range)        rollout  score  learn  waited  overlap")
     for lag, row in found.items():
         low, high = row["speed_range"]
         print(
-            f"  {lag:3}   {row['seconds']:11.2f}   {row['speed']:5.2f} ({low:.2f} to {high:.2f}) "
+            f"  {lag:3}   {row['seconds']:11.2f} {row['model']:6.2f}   {row['speed']:5.2f} ({low:.2f} to {high:.2f}) "
             f"{row['rollout']:10.2f} {row['score']:6.2f} {row['learn']:6.2f} {row['waited']:7.2f} "
             f"{row['overlap']:8.2f}",
             flush=True,
@@ -80,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print tables and one line of JSON."""
     parser = argparse.ArgumentParser(description="What router.max_lag gains in wall time and costs in quality.")
     parser.add_argument("--quick", action="store_true", help="every part, too small to mean anything (under a minute)")
-    parser.add_argument("--parts", nargs="+", choices=("here", "elsewhere", "quality"), default=None)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=None)
     parser.add_argument("--lags", nargs="+", type=int, default=None, help="of the wall time; the first is compared to")
     parser.add_argument("--iterations", type=int, default=None, help="of each training that is timed (default: 8)")
     parser.add_argument("--rounds", type=int, default=None, help="of the wall time (default: 2)")
@@ -89,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     disable_progress_bar()
     quick = options.quick
-    parts = options.parts or (["elsewhere", "quality"] if quick else ["here", "elsewhere", "quality"])
+    parts = options.parts or (PARTS[1:] if quick else PARTS)
     lags = options.lags or ([0, 1] if quick else [0, 1, 2, 4])
     iterations, rounds = options.iterations or (3 if quick else 8), options.rounds or (1 if quick else 2)
     seeds = range(options.seeds or (1 if quick else 3))
@@ -102,6 +116,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "elsewhere" in parts:
         results["elsewhere"] = compare_lags(speed, lags, rounds, PACE_S)
         show_speed("wall time, rollouts elsewhere", results["elsewhere"])
+    for name, (score_s, learn_s) in APART_S.items() if "apart" in parts else ():
+        pace_s = [APART_PACE * pace for pace in PACE_S]
+        apart = simulate_lags(make_apart_config(iterations), lags, 1, pace_s, score_s, learn_s)
+        results[f"apart, {name}"] = apart
+        show_speed(f"wall time, every role on a machine of its own, {name}", apart)
     if "quality" in parts:
         arms = ARMS[:2] if quick else ARMS
         results["quality"] = measure_quality(

@@ -9,7 +9,7 @@ import pytest
 
 from bench import _lag_speed
 from bench._lag_quality import Arm, measure_quality
-from bench._lag_speed import PacedEngine, Site, time_arm
+from bench._lag_speed import PacedEngine, Site, model_seconds, time_arm
 from bench.asynchrony import make_quality_config
 from roro_ray.engines.protocol import StepRequest
 from roro_ray.types import Verdict
@@ -54,6 +54,15 @@ def test_an_arm_trains_under_its_lag_and_its_own_name() -> None:
     row = time_arm(Site(run, publish, score), config, make_scripted_queries(), 2, "two")
     assert sorted(asked) == [(0, 0, "two"), (1, 0, "two"), (2, 0, "two"), (3, 1, "two")]
     assert row["seconds"] > 0 and row["learn"] > 0 and 0 <= row["overlap"] <= 1
+
+
+def test_the_model_of_the_pipeline_by_hand() -> None:
+    assert model_seconds(0, 5, 3.0, 1.0, 2.0) == 6.0
+    # A lag of 1: batches 0 and 1 begin at 0, batch 2 with version 1 at 6, batch 3 with version 2 at 8.
+    ready = [6.0, 8.0, 12.0, 14.0]
+    assert [n * model_seconds(1, n, 3.0, 1.0, 2.0) for n in (1, 2, 3, 4)] == pytest.approx(ready)
+    assert model_seconds(50, 1000, 3.0, 1.0, 2.0) == pytest.approx(2.0, abs=0.01)  # the learner never waits
+    assert model_seconds(50, 1000, 3.0, 4.0, 2.0) == pytest.approx(4.0, abs=0.01)  # the Judge is the slowest
 
 
 def test_quality_in_its_smallest_form() -> None:
