@@ -88,9 +88,9 @@ class Cluster:
 
         state = GlobalState()
         options = GcsClientOptions.create(self.address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False)
-        state._initialize_global_state(options)
         deadline = time.monotonic() + 60
         while True:
+            state._initialize_global_state(options)
             try:
                 return [node for node in state.node_table() if node["Alive"]]
             except RaySystemError:  # a machine with much else to do answers late
