@@ -108,7 +108,7 @@ def running_ray() -> Iterator[tuple[Path, dict[str, str], str]]:
         dashboard, *ports = free_ports(6)
         agent = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port")
         names = ("port", "ray-client-server-port", "metrics-export-port", *agent)
-        patient = {"RAY_raylet_start_wait_time_s": "120"}  # on a machine that does much else; the default is 30
+        patient = {"RAY_raylet_start_wait_time_s": "200"}  # on a machine that does much else; the default is 30
         environment = {**clean_environment(temp_dir), "RAY_AUTH_MODE": "disabled", **patient}
         options = [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]
         command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=4", f"--temp-dir={temp_dir}"]
@@ -149,7 +149,7 @@ def wait_for_port(port: int, process: subprocess.Popen[bytes], log: Path, timeou
     raise AssertionError(f"nobody listens on port {port}:\n{log.read_text()[-2000:]}")
 
 
-def wait_for_text(text: str, process: subprocess.Popen[bytes], log: Path, timeout_s: float = 150) -> None:
+def wait_for_text(text: str, process: subprocess.Popen[bytes], log: Path, timeout_s: float = 240) -> None:
     """Wait until a process has written a text to its log, as long as it lives."""
     deadline = time.monotonic() + timeout_s
     while text not in log.read_text(errors="replace"):

@@ -31,7 +31,7 @@ class Cluster:
         """`ray job VERB ..` in the project's root."""
         command = [str(BIN / "ray"), "job", verb, "--address", self.dashboard, *arguments]
         return subprocess.run(
-            command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=200, check=False
+            command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=300, check=False
         )
 
     def submit(self, name: str, *command: str, runtime_env: Path | None = None) -> None:
@@ -50,12 +50,12 @@ class Cluster:
         text = str(self._get(f"/api/jobs/{name}/logs")["logs"])
         return text.partition("Running entrypoint")[2].partition("\n")[2]
 
-    def wait(self, name: str, timeout_s: float = 240) -> dict[str, Any]:
+    def wait(self, name: str, timeout_s: float = 500) -> dict[str, Any]:
         """The record of a job that ended."""
         self.wait_until(name, lambda: False, timeout_s)
         return self.find(name)
 
-    def wait_until(self, name: str, happened: Callable[[], bool], timeout_s: float = 240) -> None:
+    def wait_until(self, name: str, happened: Callable[[], bool], timeout_s: float = 500) -> None:
         """Wait until something happened or the job ended."""
         deadline = time.monotonic() + timeout_s
         while not happened() and self.find(name)["status"] not in _ENDED:
