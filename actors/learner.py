@@ -162,7 +162,9 @@ class _Watch:
         """Train to the end; returns how often the ranks were started again."""
         config = self._job.config
         thread = threading.Thread(target=self._fit, name=f"train {self._name}", daemon=True)
-        patience = config.episode.timeout_s + (config.reward.timeout_s if config.router.beta else 0.0) + _START_S
+        # Batches in the air share the workers: one may wait for room until each before it has used up its time.
+        patience = config.episode.timeout_s * (1 + config.router.max_lag) + _START_S
+        patience += config.reward.timeout_s if config.router.beta else 0.0
         thread.start()
         last = time.monotonic()
         while thread.is_alive():
