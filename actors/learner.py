@@ -162,9 +162,7 @@ class _Watch:
         """Train to the end; returns how often the ranks were started again."""
         config = self._job.config
         thread = threading.Thread(target=self._fit, name=f"train {self._name}", daemon=True)
-        # Batches in the air share the workers: one may wait for room until each before it has used up its time.
-        patience = config.episode.timeout_s * (1 + config.router.max_lag) + _START_S
-        patience += config.reward.timeout_s if config.router.beta else 0.0
+        patience = _rollout_patience(config) + (config.reward.timeout_s if config.router.beta else 0.0) + _START_S
         thread.start()
         last = time.monotonic()
         while thread.is_alive():
@@ -211,7 +209,7 @@ class _Watch:
             TorchTrainer(
                 train_loop,
                 train_loop_config={"job": self._job},
-                torch_config=TorchConfig(timeout_s=int(config.episode.timeout_s + config.reward.timeout_s + _START_S)),
+                torch_config=TorchConfig(timeout_s=int(_rollout_patience(config) + config.reward.timeout_s + _START_S)),
                 scaling_config=make_scaling(_rank_bundle(config), config.router.workers),
                 run_config=RunConfig(
                     name=self._job.channel,  # never used before: resuming is our checkpoints' business
@@ -221,6 +219,11 @@ class _Watch:
             ).fit()
         except Exception as error:  # the thread's border: `run` raises it in the driver
             self._failure = error
+
+
+def _rollout_patience(config: Config) -> float:
+    """Batches in the air share the workers: one may wait for room until each before it has used up its time."""
+    return config.episode.timeout_s * (1 + config.router.max_lag)
 
 
 def _first_line(error: BaseException) -> str:
