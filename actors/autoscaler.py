@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +39,29 @@ class Growth:
         most: nodes of all kinds together.
         kind_of: the kind of each node that runs, by the node's id and by its address.
         starting: nodes that are being launched, by kind.
+        sees_labels: whether it acts on labels that are asked for; that of `ray up` does not.
     """
 
     kinds: tuple[Node, ...] | None
     most: int
     kind_of: Mapping[str, str]
     starting: Mapping[str, int]
+    sees_labels: bool = True
 
     def describe(self) -> str:
         """What is being started."""
         started = ", ".join(f"{count} x {kind}" for kind, count in sorted(self.starting.items()))
         return f"being launched: {started or 'nothing'}"
+
+
+@dataclass(frozen=True)
+class _Status:
+    """What the autoscaler has published: as in `Growth`, and whether it has said anything yet."""
+
+    kind_of: Mapping[str, str] = field(default_factory=dict)
+    starting: Mapping[str, int] = field(default_factory=dict)
+    published: bool = False
+    sees_labels: bool = True
 
 
 def find_growth(expected: bool) -> Growth | None:
@@ -57,15 +70,15 @@ def find_growth(expected: bool) -> Growth | None:
     Args:
         expected: the user says that the cluster grows (`ray.autoscaler`).
     """
-    kind_of, starting, published = _read_status()
-    configured = any(not kind.startswith("node_") for kind in {*kind_of.values(), *starting})
-    if published and not configured and not expected:
+    status = _read_status()
+    configured = any(not kind.startswith("node_") for kind in {*status.kind_of.values(), *status.starting})
+    if status.published and not configured and not expected:
         return None  # Ray mirrors a cluster without an autoscaler: its kinds are made up from node ids
     found = _ask_head()
-    if found is None:
-        return Growth(None, 0, kind_of, starting) if configured or expected else None
-    kinds, most = parse_kinds(found)
-    return Growth(kinds, most, kind_of, starting)
+    if found is None and not configured and not expected:
+        return None
+    kinds, most = (None, 0) if found is None else parse_kinds(found)
+    return Growth(kinds, most, status.kind_of, status.starting, status.sees_labels)
 
 
 def parse_kinds(config: Mapping[str, Any]) -> tuple[tuple[Node, ...] | None, int]:
@@ -113,13 +126,12 @@ def read_autoscaler_config() -> dict[str, Any] | None:
     return None
 
 
-def _read_status() -> tuple[dict[str, str], dict[str, int], bool]:
-    """The kinds of the nodes that run, what is being launched, and whether an autoscaler has said anything yet."""
+def _read_status() -> _Status:
     from ray.autoscaler.v2.utils import is_autoscaler_v2
     from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_initialized
 
     if not _internal_kv_initialized():
-        return {}, {}, True
+        return _Status(published=True)
     try:
         if is_autoscaler_v2(fetch_from_server=True):
             return _read_status_v2()
@@ -127,21 +139,18 @@ def _read_status() -> tuple[dict[str, str], dict[str, int], bool]:
         report = json.loads(raw).get("autoscaler_report") or {} if raw else {}
     except (RayError, RuntimeError, ValueError) as error:
         logger.debug("no autoscaler status: %r", error)
-        return {}, {}, False
-    starting = dict(report.get("pending_launches") or {})
-    for _, kind, _ in report.get("pending_nodes") or []:
-        starting[kind] = starting.get(kind, 0) + 1
-    return dict(report.get("node_type_mapping") or {}), starting, bool(report)
+        return _Status()
+    starting = Counter(report.get("pending_launches") or {})
+    starting.update(kind for _, kind, _ in report.get("pending_nodes") or [])
+    return _Status(report.get("node_type_mapping") or {}, starting, bool(report), sees_labels=False)
 
 
-def _read_status_v2() -> tuple[dict[str, str], dict[str, int], bool]:
+def _read_status_v2() -> _Status:
     from ray.autoscaler.v2.sdk import get_cluster_status
 
     status = get_cluster_status(ray.get_runtime_context().gcs_address)
     kind_of = {node.node_id: node.ray_node_type_name for node in (*status.active_nodes, *status.idle_nodes)}
-    starting: dict[str, int] = {}
+    starting = Counter(node.ray_node_type_name for node in status.pending_nodes)
     for launch in status.pending_launches:
-        starting[launch.ray_node_type_name] = starting.get(launch.ray_node_type_name, 0) + launch.count
-    for node in status.pending_nodes:
-        starting[node.ray_node_type_name] = starting.get(node.ray_node_type_name, 0) + 1
-    return kind_of, starting, bool(kind_of)
+        starting[launch.ray_node_type_name] += launch.count
+    return _Status(kind_of, starting, bool(kind_of))

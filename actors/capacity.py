@@ -68,6 +68,8 @@ def wait_for_resources(bundles: Sequence[Bundle], what: str, settings: RayConfig
     started, told = time.monotonic(), 0.0
     with _asking(bundles) as group:
         logger.warning("%s waits for %s; %s", what, _describe_bundles(bundles), _describe_wait(bundles, growth))
+        if blind := describe_blindness(bundles, growth):
+            logger.warning("%s: %s", what, blind)
         while not group.wait(_POLL_S):
             waited = time.monotonic() - started
             if waited > limit:
@@ -119,6 +121,17 @@ def _describe_wait(bundles: Sequence[Bundle], growth: Growth | None) -> str:
     return f"free: {free}; " + (growth.describe() if growth is not None else "something else holds the rest")
 
 
+def describe_blindness(bundles: Sequence[Bundle], growth: Growth | None) -> str:
+    """What to do where labels alone tell nodes apart, and the autoscaler launches none for labels."""
+    apart = any(bundle.labels and not bundle.resources.keys() - {"CPU", "GPU", "memory"} for bundle in bundles)
+    if growth is None or growth.sees_labels or not apart:
+        return ""
+    return (
+        "the autoscaler of `ray up` does not see labels, and launches nothing where nodes without them have room: give "
+        "the node type a custom resource too, and ask for it in ray.resources"
+    )
+
+
 def _describe_cluster(bundles: Sequence[Bundle], nodes: Sequence[Node], growth: Growth | None) -> str:
     total = format_amounts(add_amounts([node.resources for node in nodes]), add_bundles(bundles))
     text = f"the cluster has {total} on {len(nodes)} node(s)"
@@ -146,6 +159,8 @@ def _describe_late(
             f"{text}: something else holds the rest. Stop it, or lower ray.workers, ray.worker_cpus, ray.reward_cpus "
             "or ray.learner_cpus."
         )
+    if blind := describe_blindness(bundles, growth):
+        return f"{text}, {growth.describe()}: {blind}."
     key = "ray.grow_timeout_s" if settings.grow_timeout_s else "ray.grow_timeout_s (now 0: ray.timeout_s)"
     return (
         f"{text}, {growth.describe()}. `ray status` tells what the autoscaler lacks; raise {key} if nodes merely take "

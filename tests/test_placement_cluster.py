@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from fake_cluster import FakeType, fake_cluster
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # a cluster and torch in three processes: 20 s of CPU time
 CHEAP = FakeType({"CPU": 1, "slot": 1}, {"tier": "cheap"}, most=3)
 TIER = {"tier": "in(cheap, spot)"}
 
@@ -16,7 +16,7 @@ def make_config(**ray: Any) -> Any:
     from tests.scripted_world import make_scripted_config
 
     config = make_scripted_config()
-    config.ray.workers, config.ray.worker_cpus, config.ray.timeout_s, config.ray.grow_timeout_s = 2, 0.5, 60.0, 90.0
+    config.ray.workers, config.ray.worker_cpus, config.ray.timeout_s, config.ray.grow_timeout_s = 2, 0.5, 120.0, 90.0
     config.ray.resources, config.ray.labels = {"rollout": {"slot": 1.0}}, {"rollout": TIER}
     for key, value in ray.items():
         setattr(config.ray, key, value)
@@ -53,8 +53,8 @@ def run_pool() -> dict[str, Any]:
 
 
 def test_nodes_come_for_a_pool_and_go_and_what_never_fits_is_refused() -> None:
-    with fake_cluster({"cheap": CHEAP}, idle_s=2) as cluster:
-        seen = cluster.call("test_placement_cluster:run_pool")
+    with fake_cluster({"cheap": CHEAP}, idle_s=4) as cluster:
+        seen = cluster.call("test_placement_cluster:run_pool", timeout_s=240)
         cluster.wait_for_nodes(1)
     assert seen["nodes_then"] == 1, "nothing was launched for what was refused"
     large, many, labelled = seen["refused"]

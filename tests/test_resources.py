@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from actors.autoscaler import parse_kinds
+from actors.autoscaler import Growth, parse_kinds
+from actors.capacity import describe_blindness
 from actors.placement import bundle_options, make_scaling, role_bundle, role_options
 from actors.resources import Bundle, Fleet, Node, find_impossible, format_amounts, matches, pack
 from roro_ray.config import Config
@@ -186,3 +187,11 @@ def test_a_bundle_in_the_forms_that_ray_takes() -> None:
     assert scaling.resources_per_worker == {"CPU": 1, "GPU": 1.0, "l4": 1.0}
     assert scaling.label_selector == {"tier": "dear"}
     assert not make_scaling(Bundle({"CPU": 1}), 1).use_gpu
+
+
+def test_who_asks_an_autoscaler_that_sees_no_labels_for_a_label_alone_is_told() -> None:
+    labelled, marked = Bundle({"CPU": 1, "GPU": 1}, {"tier": "a"}), Bundle({"CPU": 1, "l4": 1}, {"tier": "a"})
+    blind, seeing = Growth(None, 0, {}, {}, sees_labels=False), Growth(None, 0, {}, {})
+    assert "does not see labels" in describe_blindness([marked, labelled], blind)
+    assert not describe_blindness([marked, Bundle({"CPU": 1})], blind)
+    assert not describe_blindness([labelled], seeing) and not describe_blindness([labelled], None)
