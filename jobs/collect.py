@@ -13,7 +13,7 @@ from jobs._cli import make_parser, run_job
 from roro_ray.config import Config
 from roro_ray.data.run_dir import RunDir
 
-KEYS = ("data", "collect", "episode", "pool", "ray")
+KEYS = ("data", "collect", "episode", "pool", "ray", "faults")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

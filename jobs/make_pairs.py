@@ -14,7 +14,7 @@ from jobs._cli import make_parser, run_job
 from roro_ray.config import Config
 from roro_ray.data.run_dir import RunDir
 
-KEYS = ("pairs", "data", "episode", "pool", "ray")
+KEYS = ("pairs", "data", "episode", "pool", "ray", "faults")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

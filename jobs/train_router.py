@@ -13,7 +13,7 @@ from jobs._cli import make_parser, run_job
 from roro_ray.config import Config
 from roro_ray.data.run_dir import RunDir
 
-KEYS = ("router", "reward", "data", "ray", "wandb")
+KEYS = ("router", "reward", "data", "ray", "faults", "wandb")
 METHODS = ("roro", "roro_step", "grpo_outcome", "random_rubrics", "fixed_rubric")
 
 

@@ -313,6 +313,15 @@ def warn_ignored(settings: Config, explicit: Collection[str]) -> None:
             (not settings.router.encoder, f"router.{key}", "router.encoder is empty")
             for key in ("encoder_lr", "encoder_rank", "encoder_dtype", "gradient_checkpointing", "cache_mb")
         ),
+        *(
+            (settings.faults.rollouts == "fail_fast", f"faults.{key}", "faults.rollouts=fail_fast")
+            for key in ("attempts", "pause_s", "max_failed_share")
+        ),
+        (
+            settings.faults.rollouts != "minimum_group",
+            "faults.min_group",
+            f"faults.rollouts={settings.faults.rollouts}",
+        ),
         (settings.wandb.mode == "disabled", "wandb.project", "wandb.mode=disabled"),
         *(
             (settings.reward.rubric_source != "learned", key, f"reward.rubric_source={settings.reward.rubric_source}")

@@ -93,6 +93,13 @@ def test_settings_that_cannot_work(overrides: list[str], told: str) -> None:
         load_config(overrides)
 
 
+def test_settings_that_would_be_ignored() -> None:
+    with pytest.warns(UserWarning, match=r"faults\.min_group=3 will be ignored \(faults\.rollouts=retry\)"):
+        load_config(["faults.min_group=3"])
+    with pytest.warns(UserWarning, match=r"faults\.attempts=3 will be ignored \(faults\.rollouts=fail_fast\)"):
+        load_config(["faults.rollouts=fail_fast", "faults.attempts=3"])
+
+
 def test_how_much_may_be_lost() -> None:
     def lost(count: int) -> list[EpisodeFailure]:
         return [EpisodeFailure(f"spec {i}", "it broke") for i in range(count)]
