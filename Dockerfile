@@ -33,23 +33,24 @@ ENV PATH=/opt/venv/bin:$PATH \
     HF_HOME=/var/lib/roro/huggingface
 RUN python -m venv /opt/venv
 WORKDIR /srv/roro
-# Dependencies before code: a change of the code does not install them anew. boto3 and Google's client start nodes;
-# boto3 in the version that aiobotocore (of s3fs) goes with, since pip would try hundreds of others first.
+# Dependencies before code: a change of the code does not install them anew. Google's client and boto3 start nodes;
+# boto3 comes last, in the version of the botocore that s3fs needs, since pip would otherwise try hundreds of others.
 COPY pyproject.toml docker/requirements.py ./
 RUN python requirements.py s3 gcs openai > requirements.txt \
-    && echo 'aiobotocore[boto3]' >> requirements.txt \
     && echo 'google-api-python-client>=2.100,<3' >> requirements.txt
 
 FROM base AS cpu-packages
 ARG TORCH=2.13.0
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN python -m pip install --index-url "${TORCH_INDEX}" "torch==${TORCH}" \
-    && python -m pip install -r requirements.txt
+    && python -m pip install -r requirements.txt \
+    && python -m pip install "boto3==$(python -c 'import botocore; print(botocore.__version__)')"
 
 FROM base AS gpu-packages
 # In one go with vLLM, which needs one certain torch: pip finds it within pyproject's range.
 RUN python requirements.py vllm --extras-only >> requirements.txt \
-    && python -m pip install -r requirements.txt
+    && python -m pip install -r requirements.txt \
+    && python -m pip install "boto3==$(python -c 'import botocore; print(botocore.__version__)')"
 
 # The project itself, for KubeRay's RayJob and RayService; under `ray job submit --working-dir .` that copy goes first.
 # The user is named by number: Kubernetes lets a pod that must not be root start only where it can see that.
