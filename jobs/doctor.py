@@ -103,7 +103,22 @@ def check_machine(config: Config) -> list[Finding]:
         low = megabytes < max(config.ray.object_store_mb, _LEAST_SHM_MB)
         fix = f"docker run --shm-size=1g, or ray.object_store_mb={max(megabytes - 16, 80)}" if low else ""
         findings.append(Finding("warn" if low else "ok", "/dev/shm", f"{megabytes} MB free", fix))
-    folder = Path(config.run_dir).absolute()
+    return [*findings, *check_disk(config)]
+
+
+def check_disk(config: Config) -> list[Finding]:
+    """Room and rights where the run is written, and whether the store of a remote one answers."""
+    from roro_ray.data.mirror import Mirror
+
+    findings = []
+    mirror = Mirror(config.run_dir, config.storage)
+    if mirror.is_remote:
+        try:
+            held = "a run" if mirror.has("config.yaml") else "no run yet"
+            findings.append(Finding("ok", "run_dir", f"{mirror.place} can be read and holds {held}"))
+        except RoroError as error:
+            findings.append(Finding("fail", "run_dir", str(error), "see above"))
+    folder = mirror.local.absolute()
     while not folder.exists():
         folder = folder.parent
     disk = shutil.disk_usage(folder).free / _GIB

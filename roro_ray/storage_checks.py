@@ -33,7 +33,16 @@ def check_storage(settings: Config) -> None:
         )
     if _USER_AND_PASSWORD.search(settings.run_dir):
         raise ConfigError("run_dir contains a password, and is saved in config.yaml: give it through the environment.")
-    for key, value in _leaves(settings.storage.options):
+    check_options(settings.storage.options)
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse secrets among the options of a file system, which are saved and shown.
+
+    Raises:
+        ConfigError: names the key, but never its value.
+    """
+    for key, value in _leaves(options):
         name = key.rpartition(".")[2].lower()
         if (_SECRET.search(name) and name not in _HARMLESS and value not in _WAYS) or (
             isinstance(value, str) and _USER_AND_PASSWORD.search(value)

@@ -18,8 +18,6 @@ AFFINITY = RequestRouterConfig(
 )
 # Trajectories under way when a replica is told to go have so long to end.
 _DRAIN_S = 60.0
-# More work than the target for so long brings a replica; Serve's default, 30 s, is half a request's deadline.
-_UPSCALE_S = 10.0
 
 
 def build(args: Mapping[str, Any]) -> Application:
@@ -44,16 +42,23 @@ def make_application(served: Served) -> Application:
         request_router_config=AFFINITY,
         user_config={"routers": [served.router]},
         **_options(served.config.routers),
-    )(RouterReplica).bind(served.router, served.pool, served.router_device, served.router_cache_mb)
+    )(RouterReplica).bind(
+        served.router, served.pool, served.router_device, served.router_cache_mb, served.config.storage
+    )
     ingress = serve.deployment(name="ingress", **_options(served.config.ingress))(serve.ingress()(IngressReplica))
     return ingress.bind(served, models, router)
 
 
 def _options(replicas: ReplicaConfig) -> dict[str, Any]:
+    actor: dict[str, Any] = {"num_cpus": replicas.cpus, "num_gpus": replicas.gpus}
+    if replicas.resources:
+        actor["resources"] = dict(replicas.resources)
+    if replicas.labels:
+        actor["label_selector"] = dict(replicas.labels)
     options: dict[str, Any] = {
         "max_ongoing_requests": replicas.max_ongoing,
         "max_queued_requests": -1,  # the ingress refuses what is too much, with an error that clients understand
-        "ray_actor_options": {"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
+        "ray_actor_options": actor,
         "graceful_shutdown_timeout_s": _DRAIN_S,
         "graceful_shutdown_wait_loop_s": 0.5,
         "health_check_period_s": 2.0,
@@ -66,6 +71,9 @@ def _options(replicas: ReplicaConfig) -> dict[str, Any]:
             "min_replicas": replicas.min_replicas,
             "max_replicas": replicas.max_replicas,
             "target_ongoing_requests": replicas.target_ongoing,
-            "upscale_delay_s": _UPSCALE_S,
+            "upscale_delay_s": replicas.upscale_s,
+            "downscale_delay_s": replicas.downscale_s,
         }
+    if replicas.per_node:
+        options["max_replicas_per_node"] = replicas.per_node
     return options

@@ -15,9 +15,13 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from roro_ray.cluster_config import StorageConfig
 from roro_ray.config import EpisodeConfig, PoolConfig, RouterConfig
-from roro_ray.data.run_dir import RunDir, saved_config
+from roro_ray.data.mirror import Mirror, fetch, name_place
+from roro_ray.data.run_dir import saved_config
+from roro_ray.data.stores import is_remote
 from roro_ray.errors import ConfigError, did_you_mean
+from roro_ray.storage_checks import check_options
 
 
 @dataclass
@@ -28,8 +32,13 @@ class ReplicaConfig:
     max_replicas: int = 1
     target_ongoing: float = 32.0  # requests in hand that a replica should have
     max_ongoing: int = 1024  # requests in hand that a replica takes at most
+    upscale_s: float = 10.0  # more in hand than that for so long brings a replica; Serve's own 30 s is half a deadline
+    downscale_s: float = 600.0  # less for so long releases one, and its node where that is then empty
+    per_node: int = 0  # most replicas on one node, so that a lost node does not take all of them; 0: any number
     cpus: float = 0.5
     gpus: float = 0.0
+    resources: dict[str, float] = field(default_factory=dict)  # custom resources that each replica asks for
+    labels: dict[str, str] = field(default_factory=dict)  # node labels that each replica needs
 
 
 @dataclass
@@ -83,8 +92,8 @@ class RecordingConfig:
 class ServerConfig:
     """Everything that the server needs beside the run that it serves."""
 
-    run_dir: str = ""  # the run whose pool, episode limits and router are served
-    router: str = "roro"  # one of the run's routers, or a directory that save_router wrote
+    run_dir: str = ""  # the run whose pool, episode limits and router are served: a path or a URI
+    router: str = "roro"  # one of the run's routers, or a directory (or URI) that save_router wrote
     cost_weight: float = -1.0  # default of a request; -1: the middle of the range that the router was trained on
     host: str = "127.0.0.1"  # of `python -m serve`; a YAML deployment sets http_options
     port: int = 8000
@@ -101,6 +110,7 @@ class ServerConfig:
     rescue: RescueConfig = field(default_factory=RescueConfig)
     security: SecurityConfig = field(default_factory=SecurityConfig)
     recording: RecordingConfig = field(default_factory=RecordingConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)  # how each replica reads a run behind a URI
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,20 +159,13 @@ def read_served(config: ServerConfig) -> Served:
     Raises:
         ConfigError: no run, or none with a trained router.
     """
-    saved = saved_config(config.run_dir) if config.run_dir else None
+    saved = saved_config(config.run_dir, config.storage) if config.run_dir else None
     if saved is None and config.pool is None:
         raise ConfigError(
             f"run_dir={config.run_dir!r} holds no run: expected a directory that `make demo` or a job wrote "
             "(run_dir=runs/NAME), or a `pool` in the server's settings"
         )
-    router = Path(config.router)
-    if not (router / "router.json").is_file() and config.run_dir:
-        router = RunDir(config.run_dir).router(config.router)
-    if not (router / "router.json").is_file():
-        raise ConfigError(
-            f"no trained router in {router}: router.json is missing. Run `make demo`, or "
-            f"`python -m jobs.train_router run_dir={config.run_dir or 'runs/NAME'}`, or give router=DIRECTORY"
-        )
+    router = _find_router(config)
     pool = config.pool or cast("Any", saved).pool
     episode = config.episode or cast("Any", saved).episode
     pool = dataclasses.replace(pool, memo_entries=config.memo_entries)
@@ -172,7 +175,28 @@ def read_served(config: ServerConfig) -> Served:
         hint = did_you_mean(unknown[0], names)
         raise ConfigError(f"per_model.{unknown[0]}: no such model in the pool ({', '.join(names)}){hint}")
     cache_mb = saved.router.cache_mb if saved is not None else RouterConfig.cache_mb
-    return Served(config, pool, episode, str(router.resolve()), tuple(_find_examples(pool)), cache_mb)
+    return Served(config, pool, episode, router, tuple(_find_examples(pool)), cache_mb)
+
+
+def _find_router(config: ServerConfig) -> str:
+    """Where the router lies, as replicas on every node find it: an absolute path, or a URI.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    place = name_place(config.router)
+    if not _holds_router(place, config.storage) and config.run_dir:
+        place = Mirror(config.run_dir, config.storage).part(f"router/{config.router}").place
+    if not _holds_router(place, config.storage):
+        raise ConfigError(
+            f"no trained router in {place}: router.json is missing. Run `make demo`, or "
+            f"`python -m jobs.train_router run_dir={config.run_dir or 'runs/NAME'}`, or give router=DIRECTORY"
+        )
+    return place
+
+
+def _holds_router(place: str, storage: StorageConfig) -> bool:
+    return (fetch(place, storage, "router.json") / "router.json").is_file()
 
 
 def find_newest_run(root: str | Path = "runs") -> str:
@@ -215,6 +239,7 @@ _SECTIONS: dict[str, type] = {
     "rescue": RescueConfig,
     "security": SecurityConfig,
     "recording": RecordingConfig,
+    "storage": StorageConfig,
 }
 
 
@@ -249,6 +274,12 @@ def _check(config: ServerConfig) -> None:
     for key, seconds in positive.items():
         if not seconds > 0:
             raise ConfigError(f"{key} is {seconds}: expected more than 0 seconds")
+    check_options(config.storage.options)
+    if is_remote(config.recording.directory):
+        raise ConfigError(
+            f"recording.directory is {config.recording.directory!r}: expected a path. Replicas append to files there; "
+            "copy finished shards to object storage afterwards"
+        )
     if answer.max_queue < 0 or rescue.retries < 0:
         raise ConfigError("answer.max_queue and rescue.retries: expected 0 or more")
     if answer.max_choices > answer.max_concurrent:

@@ -14,13 +14,15 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from roro_ray.cluster_config import StorageConfig
 from roro_ray.config import ModelConfig, PoolConfig
+from roro_ray.data.mirror import fetch
 from roro_ray.engines.pool import make_engine
 from roro_ray.engines.protocol import ChoiceScores, EngineFacts, StepDelta, StepRequest, StepResult, stream_step
 from roro_ray.errors import ConfigError, EngineError, RoroError
 from roro_ray.evaluation.calibration import check_calibration, load_calibration
 from roro_ray.routing.opinion import Opinion, RouterReading
-from roro_ray.routing.router_files import load_router
+from roro_ray.routing.router_files import ROUTER_FILES, load_router
 from roro_ray.routing.router_policy import CACHE_MB, RouterPolicy
 from serve.access_log import AccessLog
 from serve.api import ApiOptions, make_api
@@ -115,11 +117,20 @@ class RouterReplica:
     """Router networks of several versions, micro-batched; `user_config` brings new ones in while it answers.
 
     Args:
-        directory: the router that is served where `user_config` names none that can be loaded.
+        directory: the router that is served where `user_config` names none that can be loaded: a path or a URI.
         pool: the models to choose from; a router for another number of models is refused.
+        storage: how to read routers that lie behind a URI.
     """
 
-    def __init__(self, directory: str, pool: PoolConfig, device: str = "cpu", cache_mb: int = CACHE_MB) -> None:
+    def __init__(
+        self,
+        directory: str,
+        pool: PoolConfig,
+        device: str = "cpu",
+        cache_mb: int = CACHE_MB,
+        storage: StorageConfig | None = None,
+    ) -> None:
+        self._storage = storage or StorageConfig()
         self._pool = pool
         self._device, self._cache_mb = device, cache_mb
         self._loaded = LoadedRouters()
@@ -160,13 +171,13 @@ class RouterReplica:
         found, errors = [], []
         for directory in directories:
             try:
-                found.append(self._read(Path(directory)))
+                found.append(self._read(fetch(directory, self._storage, *ROUTER_FILES)))
             except (RoroError, OSError) as error:
                 errors.append(error)
         if errors and not self._loaded.versions:
             # A replica that starts must answer with what there is: the one before it refused these routers as well.
             logger.error("not all of the routers %s can be loaded: %s", directories, "; ".join(map(str, errors)))
-            found = found or [self._read(Path(self._first))]
+            found = found or [self._read(fetch(self._first, self._storage, *ROUTER_FILES))]
         elif errors:
             raise errors[0]
         versions = [facts.version for _, facts in found]

@@ -68,10 +68,10 @@ class Store:
         ConfigError: an unknown protocol, a missing package, or options that the file system does not take.
     """
 
-    def __init__(self, place: str, options: Mapping[str, Any] | None = None, pauses_s: Sequence[float] = PAUSES_S):
+    def __init__(self, place: str, options: Mapping[str, Any] | None = None, pauses_s: Sequence[float] | None = None):
         self.place = place.rstrip("/")
         self.protocol = place.partition("://")[0]
-        self._pauses_s = pauses_s
+        self._pauses_s = PAUSES_S if pauses_s is None else pauses_s
         self._system = _open_system(self.place, self.protocol, dict(options or {}))
         self._root = str(self._system._strip_protocol(self.place)).rstrip("/")
 
