@@ -1,8 +1,8 @@
 """A server of its own for tests: `python tests/serve_host.py SETTINGS.json`, started by the code of `python -m serve`.
 
 It takes orders as JSON lines on its standard input and answers each with a line: what the replicas have in hand
-(`active`), their processes (`pids`), what Serve reports (`status`), and `stop`. A process of its own, since Serve reads
-its settings from the environment once, and tests must not share a Ray with others.
+(`active`), their processes (`pids`) and nodes (`nodes`), what Serve reports (`status`), and `stop`. A process of its
+own, since Serve reads its settings from the environment once, and tests must not share a Ray with others.
 """
 
 from __future__ import annotations
@@ -60,6 +60,15 @@ async def read_pids(deployment: str) -> list[int]:
     return sorted(r["Pid"] for r in records if r["State"] == "ALIVE" and r["ActorClassName"] == name)
 
 
+async def read_nodes(deployment: str) -> list[str]:
+    """The nodes of a deployment's replicas."""
+    from ray._private import state
+
+    name = f"ServeReplica:{APP}:{deployment}"
+    alive = [r for r in state.actors().values() if r["State"] == "ALIVE" and r["ActorClassName"] == name]
+    return sorted(record["Address"]["NodeID"] for record in alive)
+
+
 async def read_status() -> dict[str, Any]:
     """Serve's own report of the deployments, and the address of Ray's dashboard ("" where there is none)."""
     import ray
@@ -73,7 +82,7 @@ async def read_status() -> dict[str, Any]:
     return {"deployments": states, "dashboard": ray._private.worker.global_worker.node.webui_url or ""}
 
 
-ORDERS = {"active": read_active, "pids": read_pids, "status": read_status}
+ORDERS = {"active": read_active, "nodes": read_nodes, "pids": read_pids, "status": read_status}
 
 if __name__ == "__main__":
     main()
