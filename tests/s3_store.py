@@ -23,10 +23,10 @@ WRITES = ("PUT", "POST", "DELETE")
 class Gate:
     """Stands before the server: counts requests, and answers some with an error.
 
-    `fails` is asked with the method and the number of writes so far; True answers 503.
+    `fails` is asked with the method, the path and the number of writes so far; True answers 503.
     """
 
-    fails: Callable[[str, int], bool] = lambda method, writes: False
+    fails: Callable[[str, str, int], bool] = lambda method, path, writes: False
     writes: int = 0
     refused: int = 0
     log: list[tuple[str, str]] = field(default_factory=list)
@@ -37,7 +37,7 @@ class Gate:
             method = environ["REQUEST_METHOD"]
             with self._lock:
                 self.writes += method in WRITES
-                refuse = self.fails(method, self.writes)
+                refuse = self.fails(method, environ["PATH_INFO"], self.writes)
                 self.refused += refuse
                 self.log.append((method, environ["PATH_INFO"]))
             if refuse:

@@ -40,7 +40,7 @@ def options(server: tuple[dict[str, Any], Gate], monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(stores, "PAUSES_S", (0.01, 0.01, 0.01))
     system = s3fs.S3FileSystem(**server[0])
     yield server[0]
-    server[1].fails = lambda method, writes: False
+    server[1].fails = lambda method, path, writes: False
     s3fs.S3FileSystem.clear_instance_cache()
     if system.exists("bucket/runs"):
         system.rm("bucket/runs", recursive=True)
@@ -105,10 +105,12 @@ def test_a_store_that_goes_away_in_the_middle_leaves_one_whole_checkpoint(
         for path in (mirror.local / "checkpoints" / f"iteration_{number - 1:06d}").iterdir():
             path.unlink()
         first = gate.writes
-        gate.fails = lambda method, writes, last=first + number: method in ("PUT", "DELETE", "POST") and writes >= last
+        gate.fails = lambda method, path, writes, last=first + number: (
+            method in ("PUT", "DELETE", "POST") and writes >= last
+        )
         with pytest.raises(DataError, match=r"after 4 tries the store still answers.*[Rr]un the same command again"):
             mirror.push()
-        gate.fails = lambda method, writes: False
+        gate.fails = lambda method, path, writes: False
         reader = make_mirror(tmp_path / f"reader{number}", options)
         reader.pull()
         found = find_checkpoint(reader.local / "checkpoints")
@@ -122,13 +124,14 @@ def test_a_store_that_goes_away_in_the_middle_leaves_one_whole_checkpoint(
 def test_a_busy_store_is_tried_again(options: dict[str, Any], gate: Gate, tmp_path: Path) -> None:
     mirror = make_mirror(tmp_path, options)
     save_checkpoint(mirror.local, 1)
-    seen: dict[str, int] = {}
+    seen: set[tuple[str, str]] = set()
 
-    def every_second(method: str, writes: int) -> bool:
-        seen[method] = seen.get(method, 0) + 1
-        return seen[method] % 2 == 1
+    def the_first_time(method: str, path: str, writes: int) -> bool:
+        new = (method, path) not in seen
+        seen.add((method, path))
+        return new
 
-    gate.refused, gate.fails = 0, every_second
+    gate.refused, gate.fails = 0, the_first_time
     mirror.push()
     make_mirror(tmp_path / "b", options).pull()
     assert gate.refused > 5
@@ -237,11 +240,11 @@ def test_the_thread_tells_of_trouble_and_goes_on(
     config.storage.options = options
     run = open_run(config)
     with caplog.at_level(logging.WARNING):
-        gate.fails = lambda method, writes: method == "PUT"
+        gate.fails = lambda method, path, writes: method == "PUT"
         run.log({"step": 1})
         while "could not upload metrics.jsonl" not in caplog.text:
             pass
-        gate.fails = lambda method, writes: False
+        gate.fails = lambda method, path, writes: False
         run.close()
     assert b'"step": 1' in (run.mirror.store.read("metrics.jsonl") or b"")
     assert (Lease(run.mirror.store).look() or Holder("", "", "")).released
