@@ -216,7 +216,6 @@ def _running(temp_dir: Path, port: int, options: list[str], extra: dict[str, str
     """A head and what joins it, ended by their pids."""
     address = f"127.0.0.1:{port}"
     environment = {**clean_environment(temp_dir), "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", **extra}
-    environment["RAY_raylet_start_wait_time_s"] = "90"  # else a head gives up after 30 s, on a machine with much to do
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     cluster = Cluster(temp_dir, address, environment)
     names = (
