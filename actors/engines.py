@@ -218,7 +218,7 @@ class RemoteEngine(ReplicaEngine):
 
 def _restore_engine(name: str, actor: Any, options: FleetOptions, parcels: dict[str, Parcel]) -> RemoteEngine:
     engine = RemoteEngine(name, actor, options.timeout_s, options.gathers)
-    engine._parcels = dict(parcels)
+    engine.restore(parcels, None)
     return engine
 
 

@@ -211,6 +211,21 @@ async def test_no_replica_in_time_and_none_that_can_come() -> None:
         await make_engine(gone).generate_step(StepRequest("Q\n\n", 20))
 
 
+def test_a_replica_lost_in_one_event_loop_is_found_again_in_the_next() -> None:
+    dead = LocalReplica("r0", up=False, restarts_in=None)
+    engine = make_engine(dead, LocalReplica("r1"))
+    assert asyncio.run(ask_all(engine, make_prefixes(20))) == asyncio.run(expect(make_prefixes(20)))
+    assert engine.balance.up == ("r1",)
+    dead.up = True
+
+    async def main() -> None:
+        await ask_all(engine, make_prefixes(1))
+        while len(engine.balance.up) < 2:  # a test has a deadline
+            await asyncio.sleep(0.02)
+
+    asyncio.run(main())
+
+
 class LocalRegistry:
     """Gives replicas out once something is needed; takes them back when it is told."""
 

@@ -158,7 +158,8 @@ class Lane:
             error = ReplicaLateError(f"no answer in {options.step_timeout_s:g} s (ray.step_timeout_s)")
             if attempts + 1 < options.attempts and self._dispatcher.has_other(self.key):
                 raise error
-            await asyncio.wait({call, probe}, return_when=asyncio.FIRST_COMPLETED)
+            either: set[asyncio.Future[Any]] = {call, probe}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if call.done():
                 break
             if probe.cancelled() or not probe.result():
