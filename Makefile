@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 BIN := $(VENV)/bin
 
-.PHONY: help setup setup-vllm demo compare calibrate serve test test-fast fuzz lint format types bench doctor clean distclean
+.PHONY: help setup setup-vllm demo compare calibrate serve test test-fast test-cluster fuzz lint format types bench doctor clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -56,8 +56,11 @@ serve: $(STAMP)  ## the newest run's router as an OpenAI endpoint on loopback, w
 calibrate: $(STAMP)  ## measure what each cost weight gives (ARGS="run_dir=runs/NAME"); make demo does it too
 	$(BIN)/python -m jobs.calibrate $(ARGS)
 
-test: $(STAMP)  ## all tests (TEST_JOBS=1: one after another)
-	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(ARGS)
+test: $(STAMP)  ## all tests but those of test-cluster (TEST_JOBS=1: one after another)
+	$(BIN)/python -m pytest -m "not cluster" -n $(TEST_JOBS) --dist loadfile $(ARGS)
+
+test-cluster: $(STAMP)  ## tests that start clusters of several nodes or run whole chains of jobs, one after another
+	$(BIN)/python -m pytest -m cluster $(ARGS)
 
 test-fast: $(STAMP)  ## tests that start no other process
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

@@ -106,6 +106,7 @@ def typed() -> Iterator[tuple[Shell, dict[str, str]]]:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.timeout(600)
 def test_the_walk_through_on_one_machine(typed: tuple[Shell, dict[str, str]]) -> None:
     shell, here = typed

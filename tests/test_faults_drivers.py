@@ -135,6 +135,7 @@ def train_straight(config: Config, directory: Path) -> Any:
     return training.trainer.network.state_dict(), rows
 
 
+@pytest.mark.cluster
 def test_train_router(run: RunDir, tmp_path: Path, local_ray: None) -> None:
     directory = run.router(METHOD)
     command = ["jobs.train_router", "--method", METHOD]
@@ -158,6 +159,7 @@ def load_saved(run: RunDir) -> Config:
     return load_saved_config(run.config_file)
 
 
+@pytest.mark.cluster
 def test_evaluate(run: RunDir, local_ray: None) -> None:
     kill_when(run, ["jobs.evaluate"], lambda text: "confidence (" in text)
     assert not run.is_done("evaluate") and not run.evaluation.exists(), "nothing is written until it ends"

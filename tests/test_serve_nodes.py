@@ -10,7 +10,7 @@ import pytest
 from fake_cluster import Cluster, many_nodes
 from serve_server import MODELS, Reply, Server, make_body, make_client, make_questions, running_server
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(400)]
 QUESTIONS = make_questions(12)
 BACK = ("model-small", "model-large", "router")
 # The ingress stays on the head, as docs/cluster.md advises; models and routers are on nodes that may be lost.

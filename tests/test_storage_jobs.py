@@ -16,7 +16,7 @@ from roro_ray.data.store import load_trajectories
 from tests.processes import TINY, find_processes, run_job, short_temp_dir, start_job
 from tests.s3_store import running_s3
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
 RUN = "s3://bucket/runs/one"
 FEW = (
     *TINY,
