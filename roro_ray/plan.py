@@ -86,8 +86,8 @@ def _stage_lines(config: Config) -> list[str]:
         f"train_router {count_episodes(config)} episodes a method: {router.iterations} iterations x {router.queries} "
         f"queries x {router.group_size} rollouts = {batch} trajectories an iteration, "
         f"{batch // router.workers} a learner; lag at most {router.max_lag} version(s)",
-        f"train_ppo    optional: {count_ppo_episodes(config)} episodes in batches of {config.ppo.decisions} decisions on "
-        f"{config.ray.workers} env runner(s) x {config.ppo.envs} episodes side by side",
+        f"train_ppo    optional: {count_ppo_episodes(config)} episodes in batches of {config.ppo.decisions} decisions "
+        f"on {config.ray.workers} env runner(s) x {config.ppo.envs} episodes side by side",
         f"evaluate     {suites * data.validation_queries} validation and {suites * data.test_queries} test queries; "
         f"{len(config.evaluate.cost_weights)} cost weights, {config.evaluate.thresholds} thresholds a method, "
         f"{config.evaluate.bootstrap} bootstrap resamples",
