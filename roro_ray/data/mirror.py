@@ -18,10 +18,10 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,7 @@ class Mirror:
                 self._forget_gone(index, parts, there)
                 if not wanted:
                     return
-                side_by_side(lambda name, all=there: self._download(index, name, all[name]), wanted)
+                side_by_side(partial(self._download_entry, index, there), wanted)
         raise DataError(f"{self.place}: other processes keep changing it. Wait until they end, and try again.")
 
     def push(self, *parts: str, skip: Sequence[str] = ()) -> int:
@@ -183,6 +183,9 @@ class Mirror:
     def _remove(self, index: Index, name: str) -> None:
         self.store.delete(name)
         index.files.pop(name, None)
+
+    def _download_entry(self, index: Index, there: Mapping[str, Entry], name: str) -> None:
+        self._download(index, name, there[name])
 
     def _download(self, index: Index, name: str, entry: Entry) -> None:
         file = self.local / name

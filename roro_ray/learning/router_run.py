@@ -29,8 +29,9 @@ from roro_ray.learning.checkpoints import (
     read_state,
     save_checkpoint,
 )
+from roro_ray.learning.router_pipeline import Run
 from roro_ray.learning.router_rewards import Score
-from roro_ray.learning.router_training import Publish, RouterTrainer, Run, Share
+from roro_ray.learning.router_training import Publish, RouterTrainer, Share
 from roro_ray.routing.draws import mix_seed
 from roro_ray.routing.router import make_router
 from roro_ray.routing.router_files import save_router

@@ -36,7 +36,7 @@ class RoutingEnv(gym.Env[Obs, int]):
     def __init__(self, world: RoutingWorld) -> None:
         self.world = world
         self.observation_space = world.observation_space
-        self.action_space = world.action_space
+        self.action_space = world.action_space  # type: ignore[assignment]  # Discrete's elements are numpy's integers
         self._seat = Seat(world)
         self._loop = asyncio.new_event_loop()
         self._run(world.pool.ready())
