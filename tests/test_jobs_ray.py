@@ -91,6 +91,7 @@ def straight(
     return run, [collected[1], *logs]
 
 
+@pytest.mark.cluster
 def test_every_stage_as_a_job_leaves_its_result_and_a_log_to_read(
     cluster: Cluster, straight: tuple[RunDir, list[str]]
 ) -> None:
@@ -110,6 +111,7 @@ def test_every_stage_as_a_job_leaves_its_result_and_a_log_to_read(
     cluster.wait_until_empty()
 
 
+@pytest.mark.cluster
 def test_a_collection_that_is_stopped_goes_on_and_equals_a_straight_one(
     cluster: Cluster, settings: Path, collected: tuple[RunDir, str], tmp_path: Path
 ) -> None:
@@ -140,6 +142,7 @@ def _read_steps(run: RunDir) -> list[tuple[object, ...]]:
     )
 
 
+@pytest.mark.cluster
 def test_a_training_that_is_stopped_goes_on_to_the_same_weights(
     cluster: Cluster, settings: Path, tmp_path: Path
 ) -> None:
@@ -167,6 +170,7 @@ def _read_iterations(run: RunDir) -> list[int]:
     return [int(record["iteration"]) for record in read_metrics(run.metrics_file) if "iteration" in record]
 
 
+@pytest.mark.cluster
 def test_exit_codes_of_jobs_are_told(cluster: Cluster, tmp_path: Path) -> None:
     shown = cluster.ray_job(
         *("submit", "--working-dir", ".", "--submission-id", "users-error", "--"),
@@ -180,6 +184,7 @@ def test_exit_codes_of_jobs_are_told(cluster: Cluster, tmp_path: Path) -> None:
     assert "TypeError" in cluster.read_log("our-error")
 
 
+@pytest.mark.cluster
 def test_a_job_with_a_ray_of_its_own_is_stopped_by_sigterm(tmp_path: Path) -> None:
     """With a Ray of its own, while two stages run side by side in threads and the main thread waits for both."""
     run = RunDir(tmp_path / "run")
@@ -228,6 +233,7 @@ def test_collect_killed_and_run_again_loses_and_doubles_nothing(tmp_path: Path) 
     assert facts["made"] == len(planned) - sum(before.values())
 
 
+@pytest.mark.cluster
 def test_compare_killed_and_run_again_keeps_what_was_trained(
     cluster: Cluster, tmp_path: Path
 ) -> None:
