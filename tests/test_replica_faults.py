@@ -148,6 +148,7 @@ def test_a_request_that_ends_its_replicas_is_given_up(local_ray: None) -> None:
         fleet.stop()
 
 
+@pytest.mark.cluster
 def test_the_boards_process_is_no_loss(local_ray: None) -> None:
     config = make_config("vllm")
     config.ray.replicas, config.ray.replica_target = {"large": [0, 2]}, 4.0

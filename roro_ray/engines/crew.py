@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from roro_ray.engines.balance import Balance, State
@@ -126,7 +127,7 @@ class Crew:
             if state is State.SUSPECT:
                 self.suspect(key)
             elif state is State.DOWN and key not in self._gone:
-                self.start(f"revive {key}", lambda key=key: self._revive(key))  # type: ignore[misc]
+                self.start(f"revive {key}", partial(self._revive, key))
 
     async def load(self, key: str) -> EngineFacts:
         """Facts of a replica, which may die while it loads."""
