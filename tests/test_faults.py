@@ -224,6 +224,9 @@ class NoPool:
     def fleet_facts(self) -> dict[str, Any]:
         return {}
 
+    def watch_fleet(self, listener: Any) -> Callable[[], None]:
+        return lambda: None
+
 
 def test_evaluate(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, run = world.run(tmp_path / "run")
