@@ -159,8 +159,8 @@ def test_what_users_get_wrong_is_told_with_the_way_out(
         open_one(PLACE, options)
     assert secret not in str(caught.value)
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    # `fsspec.registry` is the mapping; the module of that name holds what is behind it.
-    monkeypatch.setattr(sys.modules["fsspec.registry"], "_registry", {})
+    # `fsspec.registry` is a view; the module of that name holds the dict behind it.
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3")  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match=r"not installed.*`pip install s3fs`, on every node"):
         open_one(PLACE, options)
 
