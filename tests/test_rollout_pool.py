@@ -193,7 +193,8 @@ def test_an_episode_that_hangs(local_ray: None, monkeypatch: pytest.MonkeyPatch)
 def test_too_many_workers(local_ray: None) -> None:
     config = make_scripted_config()
     config.ray.workers = 1000
-    with pytest.raises(ResourceError, match=r"the rollout pool can never start: it asks for 1000 parts of .*CPU 0\.5.* each"):
+    refusal = r"the rollout pool can never start: it asks for 1000 parts of .*CPU 0\.5.* each, and at most"
+    with pytest.raises(ResourceError, match=refusal):
         RolloutPool.start(config, make_scripted_runner)
 
 
