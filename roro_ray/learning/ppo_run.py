@@ -17,9 +17,16 @@ from typing import Any
 
 from roro_ray.config import Config
 from roro_ray.data.files import write_whole
-from roro_ray.data.sources import describe_sources
 from roro_ray.learning.checkpoints import check_settings
-from roro_ray.learning.router_run import FINISHED, METRICS, Finished, cut_metrics, format_metrics, list_snapshots
+from roro_ray.learning.router_run import (
+    FINISHED,
+    METRICS,
+    Finished,
+    add_task_settings,
+    cut_metrics,
+    format_metrics,
+    list_snapshots,
+)
 from roro_ray.learning.router_run import read_metrics as read_rows
 from roro_ray.plan import count_ppo_episodes
 from roro_ray.routing.router import RouterNetwork
@@ -39,13 +46,7 @@ def fix_ppo_settings(config: Config) -> dict[str, Any]:
     """The settings that decide what is learned: a resumed training must have the same."""
     settings: dict[str, Any] = {f"ppo.{key}": value for key, value in asdict(config.ppo).items() if key not in _FREE}
     settings |= {f"router.{key}": getattr(config.router, key) for key in _ROUTER_KEYS}
-    settings["seed"] = config.seed
-    settings |= {f"episode.{key}": value for key, value in asdict(config.episode).items() if key != "timeout_s"}
-    settings |= {f"data.{key}": getattr(config.data, key) for key in ("suites", "router_queries", "seed")}
-    settings |= {f"data.{key}": value for key, value in describe_sources(config.data).items()}
-    settings["pool.models"] = [model.path for model in config.pool.models]
-    plain: dict[str, Any] = json.loads(json.dumps(settings))
-    return plain
+    return add_task_settings(settings, config)
 
 
 def load_finished_ppo(directory: Path, config: Config) -> Finished | None:

@@ -87,12 +87,17 @@ def check_resumable(directory: Path, config: Config) -> None:
 def fix_settings(config: Config) -> dict[str, Any]:
     """The settings that decide what is learned: a resumed run must have the same."""
     settings: dict[str, Any] = {key: value for key, value in asdict(config.router).items() if key not in _FREE}
-    settings["seed"] = config.seed
+    if config.router.beta:
+        settings["reward.rubric_source"] = config.reward.rubric_source
+    return add_task_settings(settings, config)
+
+
+def add_task_settings(settings: dict[str, Any], config: Config) -> dict[str, Any]:
+    """A method's own settings with those of the task that every way to train a router has, as JSON gives them back."""
+    settings = {**settings, "seed": config.seed}
     settings |= {f"episode.{key}": value for key, value in asdict(config.episode).items() if key != "timeout_s"}
     settings |= {f"data.{key}": getattr(config.data, key) for key in ("suites", "router_queries", "seed")}
     settings |= {f"data.{key}": value for key, value in describe_sources(config.data).items()}
-    if config.router.beta:
-        settings["reward.rubric_source"] = config.reward.rubric_source
     settings["pool.models"] = [model.path for model in config.pool.models]
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain
