@@ -11,6 +11,7 @@ from typing import Any
 from actors.placement import bundle_options, role_bundle
 from actors.resources import Bundle
 from actors.rollout import worker_bundle
+from actors.waiting import wait_for
 from roro_ray.config import Config
 from roro_ray.engines.protocol import Engine
 from roro_ray.types import Query
@@ -86,7 +87,8 @@ def make_algorithm(
             warnings.simplefilter("ignore")
             return made.build_algo()
     except IndexError:  # what RLlib makes of env runners that could not be made; its cause is in their logs alone
-        ray.get(ray.remote(_try_pool).options(**bundle_options(runner)).remote(config, engines, make_pool))
+        trial = ray.remote(_try_pool).options(**bundle_options(runner)).remote(config, engines, make_pool)
+        wait_for(trial, "the models of an env runner", config.ray.timeout_s)
         raise
 
 
