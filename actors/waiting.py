@@ -15,8 +15,8 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from actors.resources import format_amounts
 from roro_ray.errors import DeadlineError, RoroError
+from roro_ray.placement import format_amounts
 
 logger = logging.getLogger(__name__)
 
