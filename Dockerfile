@@ -53,26 +53,24 @@ RUN python requirements.py vllm --extras-only >> requirements.txt \
     && python -m pip install "boto3==$(python -c 'import botocore; print(botocore.__version__)')"
 
 # The project itself, for KubeRay's RayJob and RayService; under `ray job submit --working-dir .` that copy goes first.
+FROM scratch AS project
+COPY README.md LICENSE /srv/roro/
+COPY roro_ray /srv/roro/roro_ray
+COPY actors /srv/roro/actors
+COPY jobs /srv/roro/jobs
+COPY serve /srv/roro/serve
+COPY configs /srv/roro/configs
+
 # The user is named by number: Kubernetes lets a pod that must not be root start only where it can see that.
 FROM cpu-packages AS cpu
-COPY README.md LICENSE ./
-COPY roro_ray roro_ray
-COPY actors actors
-COPY jobs jobs
-COPY serve serve
-COPY configs configs
+COPY --from=project /srv/roro ./
 RUN python -m pip install --no-deps .
 USER 1000
 VOLUME /var/lib/roro
 CMD ["bash"]
 
 FROM gpu-packages AS gpu
-COPY README.md LICENSE ./
-COPY roro_ray roro_ray
-COPY actors actors
-COPY jobs jobs
-COPY serve serve
-COPY configs configs
+COPY --from=project /srv/roro ./
 RUN python -m pip install --no-deps .
 USER 1000
 VOLUME /var/lib/roro

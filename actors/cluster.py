@@ -39,10 +39,11 @@ _LEAST_LOGICAL = 4
 
 @dataclass(frozen=True, slots=True)
 class ClusterFacts:
-    """The cluster in use: its address, whether we started it, and what it has in all."""
+    """The cluster in use: its address, whether we started it, its nodes, and what they have in all."""
 
     address: str
     started: bool
+    nodes: int
     resources: dict[str, float]
 
 
@@ -60,14 +61,14 @@ def open_cluster(config: RayConfig, verbose: bool = False) -> Iterator[ClusterFa
     import ray
 
     if ray.is_initialized():
-        yield ClusterFacts(ray.get_runtime_context().gcs_address, False, ray.cluster_resources())
+        yield _look(started=False)
         return
     address = os.environ.get("RAY_ADDRESS", "local") if config.address == "auto" else config.address
     if address != "local":
         with _kept_handler():
             ray.init(address=address, log_to_driver=verbose, logging_level=logging.WARNING)
         try:
-            yield ClusterFacts(ray.get_runtime_context().gcs_address, False, ray.cluster_resources())
+            yield _look(started=False)
         finally:
             ray.shutdown()
         return
@@ -75,7 +76,7 @@ def open_cluster(config: RayConfig, verbose: bool = False) -> Iterator[ClusterFa
     finished = False
     try:
         start_local(config.object_store_mb, temp_dir, count_logical_cpus(), verbose)
-        yield ClusterFacts(ray.get_runtime_context().gcs_address, True, ray.cluster_resources())
+        yield _look(started=True)
         finished = True
     finally:
         ray.shutdown()
@@ -83,6 +84,13 @@ def open_cluster(config: RayConfig, verbose: bool = False) -> Iterator[ClusterFa
             shutil.rmtree(temp_dir, ignore_errors=True)
         else:
             logger.warning("Ray's logs are kept in %s", temp_dir)
+
+
+def _look(started: bool) -> ClusterFacts:
+    import ray
+
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    return ClusterFacts(ray.get_runtime_context().gcs_address, started, nodes, ray.cluster_resources())
 
 
 def set_environment() -> None:

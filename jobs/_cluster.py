@@ -19,12 +19,12 @@ def open_ray(config: RayConfig) -> Iterator[ClusterFacts]:
     from actors.cluster import open_cluster
 
     with open_cluster(config) as facts:
-        say(f"{'Started Ray' if facts.started else f'Joined the Ray at {facts.address}'}: {_format(facts.resources)}")
+        say(f"{'Started Ray' if facts.started else f'Joined the Ray at {facts.address}'}: {_format(facts)}")
         yield facts
 
 
-def _format(resources: dict[str, float]) -> str:
+def _format(facts: ClusterFacts) -> str:
     """Such as `2 nodes, CPU 64, GPU 8`."""
-    nodes = sum(name.startswith("node:") and not name.startswith("node:__") for name in resources)
-    shown = {name: amount for name, amount in resources.items() if ":" not in name and "memory" not in name}
-    return ", ".join([f"{nodes} node{'s' * (nodes != 1)}", *(f"{name} {shown[name]:g}" for name in sorted(shown))])
+    shown = {name: amount for name, amount in facts.resources.items() if ":" not in name and "memory" not in name}
+    nodes = f"{facts.nodes} node{'s' * (facts.nodes != 1)}"
+    return ", ".join([nodes, *(f"{name} {shown[name]:g}" for name in sorted(shown))])

@@ -73,7 +73,8 @@ def _name(run: RunDir, file: Path) -> str:
 
 def _main(config: Config, run: RunDir, arguments: argparse.Namespace) -> None:
     from jobs._table import format_calibration
-    from jobs.stages import fetch_routers, open_pool
+    from jobs.evaluation_stage import fetch_routers
+    from jobs.stages import open_pool
     from roro_ray.evaluation.calibrate import PARTIAL
 
     router = arguments.router or run.router("roro")

@@ -62,7 +62,8 @@ def _main(config: Config, run: RunDir, arguments: argparse.Namespace) -> None:
 def _run_seed(config: Config, run: RunDir, pool: RolloutPool, ppo: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """All methods of one seed; what is there already is only read."""
     from jobs._together import run_together
-    from jobs.stages import collect_stage, evaluate_stage, pairs_stage, reward_stage, router_stage
+    from jobs.evaluation_stage import evaluate_stage
+    from jobs.stages import collect_stage, pairs_stage, reward_stage, router_stage
     from jobs.train_ppo import ppo_stage
 
     collect_stage(config, run, pool)
@@ -91,7 +92,7 @@ def _with_range(config: Config, bounds: tuple[float, float]) -> Config:
 def _tune(config: Config, run: RunDir, pool: RolloutPool) -> dict[str, Any]:
     """Choose the outcome-only training by validation; done once and recorded."""
     from actors.host import ClusterHost
-    from jobs.stages import fetch_routers, make_query_sets
+    from jobs.evaluation_stage import fetch_routers, make_query_sets
     from roro_ray.evaluation.tuning import choose_router
 
     file = run.path / "router" / _TUNING

@@ -36,16 +36,8 @@ def _main(config: Config, run: RunDir, arguments: argparse.Namespace) -> None:
     from jobs._table import format_results
     from jobs._together import run_together
     from jobs.calibrate import calibrate_stage
-    from jobs.stages import (
-        collect_stage,
-        evaluate_stage,
-        fetch_routers,
-        import_before_threads,
-        open_pool,
-        pairs_stage,
-        reward_stage,
-        router_stage,
-    )
+    from jobs.evaluation_stage import evaluate_stage, fetch_routers
+    from jobs.stages import collect_stage, import_before_threads, open_pool, pairs_stage, reward_stage, router_stage
 
     began = time.monotonic()
     with open_pool(config) as pool:

@@ -20,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(config: Config, run: RunDir, arguments: argparse.Namespace) -> None:
     from jobs._table import format_results
-    from jobs.stages import evaluate_stage, open_pool
+    from jobs.evaluation_stage import evaluate_stage
+    from jobs.stages import open_pool
 
     run.require("collect")
     with open_pool(config) as pool:

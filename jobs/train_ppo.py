@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from jobs._cli import make_parser, run_job, run_stage, say
+from jobs._cluster import open_ray
 from jobs._progress import Progress
 from roro_ray.config import Config
 from roro_ray.data.run_dir import RunDir
@@ -24,10 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(config: Config, run: RunDir, _: argparse.Namespace) -> None:
-    from actors.cluster import open_cluster
-
-    say("Starting Ray ...")
-    with open_cluster(config.ray):
+    with open_ray(config.ray):
         ppo_stage(config, run)
 
 

@@ -39,7 +39,8 @@ from actors.host import ClusterHost
 from actors.reward_service import RewardClient
 from actors.rollout import RolloutPool
 from actors.waiting import find_actor
-from jobs.stages import collect_stage, evaluate_stage, router_stage
+from jobs.evaluation_stage import evaluate_stage
+from jobs.stages import collect_stage, router_stage
 from roro_ray.config import Config
 from roro_ray.data.collection import collect
 from roro_ray.data.run_dir import RunDir, open_run, read_metrics

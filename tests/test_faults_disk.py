@@ -20,7 +20,7 @@ from test_faults import NoPool, make_config, prepare_evaluation
 from test_faults_drivers import make_run
 
 from jobs import learn_reward
-from jobs.stages import evaluate_stage
+from jobs.evaluation_stage import evaluate_stage
 from roro_ray.config import Config
 from roro_ray.data.collection import collect, plan_shards
 from roro_ray.data.files import append_line, write_whole

@@ -21,7 +21,7 @@ from simulated import SimulatedRunner
 
 from actors.rollout import make_runner
 from jobs import evaluate, learn_reward, train_router
-from jobs.stages import make_query_sets
+from jobs.evaluation_stage import make_query_sets
 from roro_ray.config import Config, PairsConfig
 from roro_ray.data.collection import training_queries
 from roro_ray.data.run_dir import RunDir, open_run, read_json, read_metrics

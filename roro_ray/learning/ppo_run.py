@@ -8,8 +8,6 @@ decisions, not groups of episodes: snapshot N is taken as soon as the episodes o
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +24,7 @@ from roro_ray.learning.router_run import (
     cut_metrics,
     format_metrics,
     list_snapshots,
+    save_snapshot,
 )
 from roro_ray.learning.router_run import read_metrics as read_rows
 from roro_ray.plan import count_ppo_episodes
@@ -108,12 +107,7 @@ class PpoRun:
         if self.episodes // every == before // every and not (self.is_over and before < self.budget):
             return
         point = self.budget // batch if self.is_over else self.episodes // every * self._config.evaluate.every
-        final = self._directory / "snapshots" / f"iteration_{point:06d}"
-        temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        save_router(network, temporary, self.iteration)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
+        save_snapshot(network, self._directory, point, self.iteration)
 
     def finish(self, network: RouterNetwork) -> None:
         """Save the trained router; the training counts as finished from then on."""

@@ -33,7 +33,7 @@ from roro_ray.learning.router_pipeline import Run
 from roro_ray.learning.router_rewards import Score
 from roro_ray.learning.router_training import Publish, RouterTrainer, Share
 from roro_ray.routing.draws import mix_seed
-from roro_ray.routing.router import make_router
+from roro_ray.routing.router import RouterNetwork, make_router
 from roro_ray.routing.router_files import save_router
 from roro_ray.types import Query
 
@@ -112,6 +112,30 @@ def list_snapshots(directory: Path) -> dict[int, Path]:
     """Snapshots by the number of iterations done."""
     paths = sorted((directory / SNAPSHOTS).glob("iteration_*"))
     return {int(path.name.removeprefix("iteration_")): path for path in paths}
+
+
+def save_snapshot(network: RouterNetwork, directory: Path, point: int, version: int) -> None:
+    """Keep the network as it is at a point of the learning curve: whole or, where the disk is full, not at all.
+
+    Args:
+        directory: of the training.
+        point: iterations done, as `list_snapshots` counts them.
+        version: that the saved router says of itself.
+
+    Raises:
+        FullDiskError: there was no room.
+    """
+    final = directory / SNAPSHOTS / f"iteration_{point:06d}"
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with explain_full_disk(final):
+            save_router(network, temporary, version)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # a disk that is full would stay so
+        raise
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -214,14 +238,4 @@ class RouterRun:
         done, total = self.trainer.iteration, self._config.router.iterations
         if done % self._config.evaluate.every and done < total:
             return
-        final = self._directory / SNAPSHOTS / f"iteration_{done:06d}"
-        temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            with explain_full_disk(final):
-                save_router(self.trainer.network, temporary, done)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)  # a disk that is full would stay so
-            raise
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
+        save_snapshot(self.trainer.network, self._directory, done, done)
