@@ -16,10 +16,10 @@ from typing import Any
 import ray
 
 from actors.autoscaler import Growth, find_growth
-from actors.resources import Bundle, Fleet, Node, add_amounts, add_bundles, find_impossible, pack
+from actors.resources import Fleet, Node, add_amounts, add_bundles, find_impossible, pack
 from roro_ray.config import RayConfig
 from roro_ray.errors import ResourceError
-from roro_ray.placement import format_amounts
+from roro_ray.placement import Bundle, format_amounts
 
 logger = logging.getLogger(__name__)
 

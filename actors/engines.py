@@ -19,8 +19,6 @@ import ray
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from actors.adapters import Parcel, install
-from actors.placement import role_bundle
-from actors.resources import Bundle
 from actors.waiting import unwrap_error, wait_async
 from roro_ray.config import Config, ModelConfig, PoolConfig
 from roro_ray.engines.protocol import ChoiceScores, Engine, EngineFacts, StepRequest, StepResult
@@ -28,6 +26,7 @@ from roro_ray.engines.replica_engine import ReplicaEngine
 from roro_ray.engines.replicas import Answer, FleetOptions, Item, ReplicaGoneError, ReplicaLostError
 from roro_ray.errors import DeadlineError, EngineError, RoroError
 from roro_ray.gpu_checks import count_gpus
+from roro_ray.placement import Bundle, role_bundle
 
 MOST_REQUESTS = 10_000  # at once in an actor: under Ray's own bound some would wait outside the engine's batch
 _PULSE_S = 10.0  # an actor that does not tell its pulse in this time hangs

@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from actors.capacity import wait_for_resources
-from actors.placement import make_scaling, role_bundle
+from actors.placement import make_scaling
 from actors.publish import BoardClient, Heard
-from actors.resources import Bundle
 from actors.reward_service import RewardClient
 from actors.rollout import RolloutPool
 from actors.storage import drop_train_notes, meet, train_storage
@@ -49,6 +48,7 @@ from roro_ray.learning.router_run import (
     load_finished,
     make_train_queries,
 )
+from roro_ray.placement import Bundle, role_bundle
 from roro_ray.routing.router_files import ROUTER_FILES
 from roro_ray.types import Query
 

@@ -23,8 +23,7 @@ import ray
 from actors.capacity import wait_for_resources
 from actors.command_board import CommandBoard, GroupFacts
 from actors.lm_worker import POLL_S, LmJob, Stop, serve_commands
-from actors.placement import make_scaling, role_bundle
-from actors.resources import Bundle
+from actors.placement import make_scaling
 from actors.storage import drop_train_notes, train_storage
 from roro_ray.config import Config
 from roro_ray.data.mirror import Mirror, Part
@@ -43,6 +42,7 @@ from roro_ray.learning.lm_training import ADAPTERS
 from roro_ray.learning.sequences import TokenBatch
 from roro_ray.learning.sft import SftBatch
 from roro_ray.learning.updates import UpdateSettings
+from roro_ray.placement import Bundle, role_bundle
 
 logger = logging.getLogger(__name__)
 

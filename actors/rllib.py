@@ -19,7 +19,6 @@ from typing import Any
 
 from actors.capacity import wait_for_resources
 from actors.fleet import start_engines
-from actors.resources import Bundle
 from actors.rllib_algorithm import MakePool, learner_bundle, make_algorithm, make_engine_pool
 from actors.rollout import pool_bundles
 from roro_ray.config import Config
@@ -27,6 +26,7 @@ from roro_ray.errors import TrainingError
 from roro_ray.learning.checkpoints import check_settings, drop_old, find_checkpoint, write_directory
 from roro_ray.learning.ppo_run import CHECKPOINTS, METHOD, PpoRun, fix_ppo_settings, load_finished_ppo
 from roro_ray.learning.router_run import Finished, make_train_queries
+from roro_ray.placement import Bundle
 from roro_ray.routing.draws import mix_seed
 from roro_ray.types import Query
 

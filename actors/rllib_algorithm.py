@@ -8,12 +8,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from actors.placement import bundle_options, role_bundle
-from actors.resources import Bundle
+from actors.placement import bundle_options
 from actors.rollout import worker_bundle
 from actors.waiting import wait_for
 from roro_ray.config import Config
 from roro_ray.engines.protocol import Engine
+from roro_ray.placement import Bundle, role_bundle
 from roro_ray.types import Query
 
 MakePool = Callable[[Config, Sequence[Engine]], Any]

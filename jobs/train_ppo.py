@@ -10,9 +10,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jobs._cli import make_parser, run_job, run_stage, say
+from jobs._cli import make_parser, run_job, run_stage
 from jobs._cluster import open_ray
 from jobs._progress import Progress
+from jobs._terminal import say
 from roro_ray.config import Config
 from roro_ray.data.run_dir import RunDir
 
