@@ -74,7 +74,7 @@ lint: $(STAMP)  ## ruff: errors, style and format
 format: $(STAMP)  ## let ruff mend what it can
 	$(BIN)/python -m ruff check --fix .
 
-types: $(STAMP)  ## mypy, strict on roro_ray
+types: $(STAMP)  ## mypy, strict on all packages
 	$(BIN)/python -m mypy
 
 bench: $(STAMP)  ## every benchmark in bench/, ratios in one run

@@ -111,7 +111,8 @@ def read_autoscaler_config() -> dict[str, Any] | None:
     import psutil  # Ray brings its own along
     import yaml
 
-    logs = f"--logs-dir={ray._private.worker.global_worker.node.get_logs_dir_path()}"
+    node: Any = ray._private.worker.global_worker.node
+    logs = f"--logs-dir={node.get_logs_dir_path()}"
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or []
         if logs in command and any(part.endswith("monitor.py") for part in command):
@@ -149,7 +150,8 @@ def _read_status_v2() -> _Status:
     from ray.autoscaler.v2.sdk import get_cluster_status
 
     status = get_cluster_status(ray.get_runtime_context().gcs_address)
-    kind_of = {node.node_id: node.ray_node_type_name for node in (*status.active_nodes, *status.idle_nodes)}
+    alive = (*status.active_nodes, *status.idle_nodes)
+    kind_of = {node.node_id: node.ray_node_type_name for node in alive if node.node_id is not None}
     starting = Counter(node.ray_node_type_name for node in status.pending_nodes)
     for launch in status.pending_launches:
         starting[launch.ray_node_type_name] += launch.count

@@ -154,7 +154,7 @@ class _Starter:
         )
         shares = shares_gpu(model, self._config.ray)
         waits = shares and self._before is not None and not wait_some([self._before], 0.0)
-        handle = actor.remote(partial(self._make, model, self._config.pool), *([self._before] if waits else []))
+        handle: Any = actor.remote(partial(self._make, model, self._config.pool), *([self._before] if waits else []))
         ready = handle.ready.remote()
         if shares:
             self._before = ready

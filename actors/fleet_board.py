@@ -62,8 +62,8 @@ class FleetBoard:
         self._demands: dict[tuple[str, str], tuple[float, int]] = {}  # by model and holder: when, how much
         self._counts: dict[tuple[str, str], Counts] = {}
 
-    def exchange(self, model: str, holder: str, demand: int, counts: Counts, version: int) -> tuple[int, Roster] | None:
-        """What a holder of a model's engine needs; the roster and its version, where it knows another one."""
+    def exchange(self, model: str, holder: str, demand: int, counts: Counts, version: int) -> Listing | None:
+        """Take what a holder of a model's engine needs; the listing, where the holder knows another version."""
         self._demands[model, holder] = (time.monotonic(), demand)
         self._counts[model, holder] = counts
         roster = self._rosters.get(model)

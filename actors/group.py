@@ -96,7 +96,7 @@ class Group:
 
     def handles(self) -> list[Any]:
         """The actors of all replicas, whatever their state."""
-        parts = [*self._starting.values(), *self._leaving.values()]
+        parts: list[_Start | _Leave] = [*self._starting.values(), *self._leaving.values()]
         return [*self._listed.values(), *(part.actor for part in parts)]
 
     def state(self) -> GroupState:

@@ -102,7 +102,8 @@ class BoardClient:
     def publish(self, blob: bytes, version: int, channel: str = CHANNEL, keep: int = 2) -> Weights:
         """Publish weights (serialised) under a version; the last `keep` versions of a channel stay available."""
         ref = self.actor.publish.remote(channel, version, blob, keep)
-        return self._wait(ref, f"publishing weights of version {version}")
+        weights: Weights = self._wait(ref, f"publishing weights of version {version}")
+        return weights
 
     def look_up(self, version: int | None = None, channel: str = CHANNEL) -> Weights | None:
         """The weights of a version, or the last published (None where nothing is) when no version is named.
@@ -110,7 +111,9 @@ class BoardClient:
         Raises:
             MissingWeightsError: that version is not on the board.
         """
-        return self._wait(self.actor.look_up.remote(channel, version), "looking up the router's weights")
+        ref = self.actor.look_up.remote(channel, version)
+        weights: Weights | None = self._wait(ref, "looking up the router's weights")
+        return weights
 
     def tell(self, message: dict[str, Any], channel: str) -> None:
         """Leave a message for the driver; does not wait."""
@@ -119,8 +122,9 @@ class BoardClient:
     def hear(self, channel: str, last: Heard | None = None) -> Heard:
         """The messages of a channel since the `last` time; those that a board took with it when it died are lost."""
         last = last or Heard()
-        heard = self.actor.hear.remote(channel, last.start, last.born)
-        return self._wait(heard, "reading the learner's messages")
+        ref = self.actor.hear.remote(channel, last.start, last.born)
+        heard: Heard = self._wait(ref, "reading the learner's messages")
+        return heard
 
     def stop(self) -> None:
         """End the board's process."""

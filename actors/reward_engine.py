@@ -17,12 +17,13 @@ import ray
 from actors.adapters import deliver
 from actors.capacity import wait_for_resources
 from actors.engines import MOST_REQUESTS, EngineActor, MakeEngine, RemoteEngine, gathers, make_model_engine
-from actors.placement import bundle_options, role_bundle
+from actors.placement import bundle_options
 from actors.waiting import wait_for
 from roro_ray.config import Config, ModelConfig, PoolConfig
 from roro_ray.data.mirror import Part
 from roro_ray.engines.protocol import Engine
 from roro_ray.learning.adapter_files import AdapterVersion
+from roro_ray.placement import role_bundle
 
 
 @contextmanager
@@ -40,7 +41,7 @@ def open_model(config: Config, model: ModelConfig, make: MakeEngine = make_model
     options = bundle_options(bundle) | {"max_restarts": -1, "max_task_retries": 0, "max_concurrency": MOST_REQUESTS}
     # The pool's settings of memory and batches, and this model alone.
     pool = PoolConfig([model], config.pool.batch_size, config.pool.memo_entries, config.pool.cache_mb)
-    actor = ray.remote(EngineActor).options(**options).remote(partial(make, model, pool))
+    actor: Any = ray.remote(EngineActor).options(**options).remote(partial(make, model, pool))
     try:
         wait_for(actor.ready.remote(), f"model {model.name}: ready", config.ray.timeout_s, actor)
         # A call may hold all requests of the moment: as long as the longest deadline of what they belong to.

@@ -22,12 +22,13 @@ from typing import Any
 import ray
 
 from actors.capacity import wait_for_resources
-from actors.placement import bundle_options, role_bundle
+from actors.placement import bundle_options
 from actors.waiting import wait_for
 from roro_ray.cluster_config import StorageConfig
 from roro_ray.config import Config, RewardConfig
 from roro_ray.data.mirror import fetch, name_place
 from roro_ray.errors import ConfigError, DeadlineError, QueueFullError, did_you_mean
+from roro_ray.placement import role_bundle
 from roro_ray.types import Query, Rubric, Trajectory, Verdict
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,8 @@ def load_model(directory: str | None, config: RewardConfig) -> Any:
         hint = did_you_mean(config.judge_dtype, dtypes)
         raise ConfigError(f"reward.judge_dtype is {config.judge_dtype!r}: expected one of {', '.join(dtypes)}{hint}")
     reward = make_reward(config) if directory is None else load_reward(directory, config)
-    reward.judge.model.to(dtypes[config.judge_dtype])
+    judge: torch.nn.Module = reward.judge.model  # transformers' own `to` is typed as a plain function
+    judge.to(dtypes[config.judge_dtype])
     return reward
 
 
@@ -145,7 +147,7 @@ class RewardService:
         self._waiting += size
         try:
             await self.ready()
-            verdicts = await self._in_thread(self._score_batch, queries, groups)
+            verdicts: Verdicts = await self._in_thread(self._score_batch, queries, groups)
         finally:
             self._waiting -= size
         self._counts["requests"] += 1
@@ -156,7 +158,8 @@ class RewardService:
     async def write_rubrics(self, queries: Sequence[Query]) -> list[Rubric]:
         """The rubrics that the queries are scored under."""
         await self.ready()
-        return await self._in_thread(self._get_rubrics, queries)
+        rubrics: list[Rubric] = await self._in_thread(self._get_rubrics, queries)
+        return rubrics
 
     async def _in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
@@ -240,7 +243,7 @@ class RewardClient:
         wait_for_resources([bundle], "the reward service", settings)
         actor = ray.remote(RewardService).options(**bundle_options(bundle), max_restarts=-1, max_task_retries=2)
         place = None if directory is None else name_place(directory)
-        handle = actor.remote(place, reward, config.seed, load, config.storage)
+        handle: Any = actor.remote(place, reward, config.seed, load, config.storage)
         try:
             wait_for(handle.ready.remote(), "reward service: ready", settings.timeout_s, handle)
         except BaseException:
@@ -279,7 +282,9 @@ class RewardClient:
         while True:
             try:
                 remaining = max(deadline - time.monotonic(), 0.1)
-                return wait_for(self.actor.score.remote(list(queries), list(groups)), what, remaining, self.actor)
+                ref = self.actor.score.remote(list(queries), list(groups))
+                verdicts: Verdicts = wait_for(ref, what, remaining, self.actor)
+                return verdicts
             except QueueFullError:
                 if time.monotonic() + pause > deadline:
                     raise
@@ -291,16 +296,20 @@ class RewardClient:
     def write_rubrics(self, queries: Sequence[Query]) -> list[Rubric]:
         """The rubrics that the queries are scored under."""
         ref = self.actor.write_rubrics.remote(list(queries))
-        return wait_for(ref, f"{len(queries)} rubrics", self.timeout_s, self.actor)
+        rubrics: list[Rubric] = wait_for(ref, f"{len(queries)} rubrics", self.timeout_s, self.actor)
+        return rubrics
 
     def load(self, directory: str | Path) -> ServiceFacts:
         """Make the service take over another reward model."""
         ref = self.actor.load.remote(name_place(directory))
-        return wait_for(ref, "reward service: loading", self.timeout_s, self.actor)
+        facts: ServiceFacts = wait_for(ref, "reward service: loading", self.timeout_s, self.actor)
+        return facts
 
     def facts(self) -> ServiceFacts:
         """What the service has done so far."""
-        return wait_for(self.actor.ready.remote(), "reward service: facts", self.timeout_s, self.actor)
+        ref = self.actor.ready.remote()
+        facts: ServiceFacts = wait_for(ref, "reward service: facts", self.timeout_s, self.actor)
+        return facts
 
     def stop(self) -> None:
         """End the service's process."""

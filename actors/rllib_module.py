@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from gymnasium.spaces import Discrete
 from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
 from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.core.columns import Columns
@@ -40,6 +41,9 @@ class RouterModule(TorchRLModule, ValueFunctionAPI):
     The first weights are those that GRPO begins with under the same seed. The critic shares the encoder with the policy
     and shapes it too: whether a query is going to be answered is what both must read from its text.
     """
+
+    model_config: dict[str, Any]
+    action_space: Discrete[Any]
 
     def setup(self) -> None:
         config: Config = self.model_config["config"]
@@ -152,10 +156,11 @@ class RouterLearner(PPOTorchLearner):
     progress = 0.0
 
     def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
-        module: RouterModule = self._module[module_id].unwrapped()
+        modules: Any = self._module
+        module: RouterModule = modules[module_id].unwrapped()
         own: Config = module.model_config["config"]
         heads = [*module.network.head.parameters(), *module.critic.parameters()]
-        groups = [{"params": heads, "lr": own.ppo.head_lr}]
+        groups: list[dict[str, Any]] = [{"params": heads, "lr": own.ppo.head_lr}]
         if module.network.body is not None:
             learned = [parameter for parameter in module.network.body.parameters() if parameter.requires_grad]
             groups.append({"params": learned, "lr": own.ppo.encoder_lr})

@@ -21,15 +21,14 @@ from actors.capacity import check_resources, wait_for_resources
 from actors.dispatch import Dispatch, Limits, Progress
 from actors.engines import engine_bundle, gathers
 from actors.fleet import Fleet, Listener, start_engines
-from actors.placement import bundle_options, role_bundle
+from actors.placement import bundle_options
 from actors.publish import CHANNEL, BoardClient, Weights
-from actors.resources import Bundle
 from actors.versions import Room, VersionSlots
 from actors.waiting import wait_async, wait_for
 from roro_ray.config import Config
 from roro_ray.engines.protocol import Engine, EngineFacts
 from roro_ray.errors import MissingWeightsError
-from roro_ray.placement import count_replicas
+from roro_ray.placement import Bundle, count_replicas, role_bundle
 from roro_ray.routing.episode import EpisodeFailure, EpisodeSpec
 from roro_ray.types import Query, Trajectory
 
@@ -172,7 +171,7 @@ class RolloutPool:
             max_task_retries=0,  # `Dispatch` retries elsewhere, without waiting for the restart
             scheduling_strategy="SPREAD",
         )
-        workers = tuple(actor.remote(config, engines, make) for _ in range(settings.workers))
+        workers: tuple[Any, ...] = tuple(actor.remote(config, engines, make) for _ in range(settings.workers))
         board = BoardClient.start()
         try:
             refs = [worker.ready.remote() for worker in workers]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Never
 
 from tqdm import tqdm
 
@@ -26,7 +27,7 @@ class Progress:
         self._told = done > 0
         self._label = ""
         self._began = self._last_line = time.monotonic()
-        self._bar: tqdm[object] | None = None
+        self._bar: tqdm[Never] | None = None
         if has_terminal():
             self._bar = tqdm(total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True, leave=False)
 

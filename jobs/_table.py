@@ -17,7 +17,7 @@ def format_results(summary: Mapping[str, Any], run: RunDir) -> str:
     """Method by method over all suites: accuracy, large share, FLOPs; then the headline and where the report lies."""
     entries = summary["suites"]["overall"]
     large = entries.get("large", {}).get("flops")
-    rows = [_row(summary, method, entry, large) for method, entry in entries.items()]
+    rows: list[tuple[str, ...]] = [_row(summary, method, entry, large) for method, entry in entries.items()]
     header: tuple[str, ...] = ("method", "accuracy", "large share", "FLOPs/large", "decoded/large")
     if any(entry.get("usd") is not None for entry in entries.values()):
         header += ("USD/1000 queries",)
