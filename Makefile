@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 ARGS ?=
 FUZZ_CASES ?= 10000
-# Processes that share the tests, a file at a time; each may start a Ray of its own (1 to 2 GiB).
+# Processes that share the tests, a file at a time; tests that start a Ray are all the same process's.
 TEST_JOBS ?= 2
 
 # One thread per process: several processes share the cores, and OpenMP's busy waiting makes them 10 to 100x slower.
@@ -57,7 +57,7 @@ calibrate: $(STAMP)  ## measure what each cost weight gives (ARGS="run_dir=runs/
 	$(BIN)/python -m jobs.calibrate $(ARGS)
 
 test: $(STAMP)  ## all tests but those of test-cluster (TEST_JOBS=1: one after another)
-	$(BIN)/python -m pytest -m "not cluster" -n $(TEST_JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "not cluster" -n $(TEST_JOBS) --dist loadgroup $(ARGS)
 
 test-cluster: $(STAMP)  ## tests that start clusters of several nodes or run whole chains of jobs, one after another
 	$(BIN)/python -m pytest -m cluster $(ARGS)

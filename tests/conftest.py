@@ -1,4 +1,8 @@
-"""Fixtures that several test files share: one local Ray for all tests that need one, tiny models of real families."""
+"""Fixtures that several test files share: one local Ray for all tests that need one, tiny models of real families.
+
+Under pytest-xdist a file is one process's work, and all files that start a Ray are the same process's: two Rays at once
+on two cores start their workers too late for Ray's own deadlines.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,18 @@ from pathlib import Path
 
 import pytest
 import setuptools  # noqa: F401  # vLLM imports it late, and it refuses once the standard library's distutils is there
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    alone = {item.path for item in items if _starts_ray(item)}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path in alone else item.path.stem))
+
+
+def _starts_ray(item: pytest.Item) -> bool:
+    named = item.get_closest_marker("ray") or item.get_closest_marker("cluster")
+    return named is not None or "local_ray" in getattr(item, "fixturenames", ())
 
 
 @pytest.fixture(scope="session")

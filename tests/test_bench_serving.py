@@ -12,6 +12,7 @@ from bench._serving_streams import percentiles
 from tests.processes import run_job, short_temp_dir
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_quick_run_tells_everything(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from roro_ray.routing.router_files import save_router
 from roro_ray.settings import load_config
 from tests.processes import TINY, run_job, short_temp_dir, start_job
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 WEIGHTS = [0.01, 0.2, 0.24, 0.28, 0.4, 10.0]
 SETTINGS = [
     *TINY,

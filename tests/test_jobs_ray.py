@@ -26,7 +26,7 @@ from tests.documents import find_commands
 from tests.processes import ROOT, TINY, find_processes, run_job, short_temp_dir, start_job
 from tests.submission import Cluster, running_cluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 QUICK = str(ROOT / "jobs" / "configs" / "quick.yaml")
 RUNTIME_ENV = ROOT / "jobs" / "runtime_env.yaml"
 TRAINING = ("python", "-m", "jobs.train_router", "--method", "grpo_outcome", "router.iterations=8")

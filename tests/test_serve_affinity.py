@@ -21,6 +21,7 @@ def test_a_session_id_tells_its_try() -> None:
     assert split_session("odd+name") == ("odd+name", 0)
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_all_calls_of_one_request_arrive_and_sessions_stay() -> None:

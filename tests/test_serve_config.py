@@ -154,6 +154,7 @@ async def ask_until(stopped: asyncio.Event, url: str) -> list[tuple[Reply, set[i
         return [each for found in await asyncio.gather(*(one(index) for index in range(8))) for each in found]
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 async def test_serve_run_answers_and_under_load_routers_are_swapped_and_added() -> None:

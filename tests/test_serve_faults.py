@@ -17,7 +17,7 @@ import httpx
 import pytest
 from serve_server import MODELS, Reply, Server, make_body, make_client, make_questions, running_server
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 QUESTIONS = make_questions(16)
 STEP_S, DEADLINE_S = 8.0, 22.0
 SETTINGS = {

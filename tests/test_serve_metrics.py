@@ -213,6 +213,7 @@ def scrape(port: int) -> dict[str, tuple[set[str], float]]:
     return {name: (set(re.findall(r'(\w+)="', labels)), float(value)) for name, labels, value in found}
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_a_real_ray_exports_every_name_that_the_dashboard_reads() -> None:
