@@ -167,6 +167,7 @@ def test_failures_are_counted(summary):
 
 def test_page_without_figures_still_opens():
     config = make_config()
+    config.faults.max_failed_share, config.faults.pause_s = 1.0, 0.0
     queries = QuerySets(make_queries("validation", 1), make_queries("test", 1))
     with LocalHost(config, make_pool(fails=lambda prefix: True)) as host:
         evaluation = evaluate(Inputs(config, queries, {}), host)
