@@ -79,13 +79,17 @@ def test_one_is_killed_and_one_stopped_under_load(
         stopped.append(pids[1])
         loop.call_later(0.1, os.kill, pids[0], signal.SIGKILL)
         loop.call_later(0.2, os.kill, pids[1], signal.SIGSTOP)
-        return calm, await run_trajectories(large, 30, 4), await run_trajectories(large, 30, 40)
+        disturbed = await run_trajectories(large, 30, 4)
+        # Requests are what finds a hung replica, and sees to it that it comes back.
+        while (facts := fleet.facts()["large"])["restarts"] < 2 or facts["now"] < 3:
+            again = await run_trajectories(large, 30, 4)
+            assert again == calm
+        return calm, disturbed, facts
 
     try:
-        calm, disturbed, long = asyncio.run(main())
-        assert calm == disturbed == [steps[:4] for steps in long]
+        calm, disturbed, facts = asyncio.run(main())
+        assert calm == disturbed
         assert all(steps[-1][0] == "Answer: 42" for steps in calm)
-        facts = wait_for_facts(fleet, lambda facts: facts["restarts"] >= 2 and facts["now"] == 3)
         assert facts["wanted"] == facts["starts"] == 3 and large.counts.hangs >= 1 and large.counts.retried > 0
     finally:
         fleet.stop()
@@ -148,7 +152,6 @@ def test_a_request_that_ends_its_replicas_is_given_up(local_ray: None) -> None:
         fleet.stop()
 
 
-@pytest.mark.cluster
 def test_the_boards_process_is_no_loss(local_ray: None) -> None:
     config = make_config("vllm")
     config.ray.replicas, config.ray.replica_target = {"large": [0, 2]}, 4.0
