@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -65,11 +66,14 @@ def test_what_fits_later_is_waited_for(holder: Any) -> None:
 
 def test_where_nodes_may_come_it_waits_and_tells_what_for(caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capacity, "_TELL_S", 0.3)
-    with pytest.raises(ResourceError, match=r"waited 1 s for CPU 64; free are CPU 4 of CPU 4, being launched: nothing"):
+    late = r"waited 1 s for CPU 64; free are CPU [\d.]+ of CPU 4, being launched: nothing"
+    with pytest.raises(ResourceError, match=late):
         wait_for_resources([Bundle({"CPU": 64.0})], "the test", RayConfig(autoscaler=True, grow_timeout_s=1.0))
     lines = [record.message for record in caplog.records if record.name == "actors.capacity"]
-    assert lines[0] == "the test waits for 1 x (CPU 64); free: CPU 4; being launched: nothing"
-    assert "the test still waits after" in lines[1] and lines[1].endswith("free: CPU 4; being launched: nothing")
+    # How much is free changes for a while after other tests: Ray's nodes tell of it in reports.
+    assert re.fullmatch(r"the test waits for 1 x \(CPU 64\); free: CPU [\d.]+; being launched: nothing", lines[0])
+    still = r"the test still waits after \d+ s; free: CPU [\d.]+; being launched: nothing"
+    assert re.fullmatch(still, lines[1])
     from ray.util.placement_group import placement_group_table
 
     groups = [group for group in placement_group_table().values() if group["bundles"] == {0: {"CPU": 64.0}}]
