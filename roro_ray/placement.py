@@ -7,6 +7,7 @@ that the dear model can have its own kind of node: `ray.resources={engine: {l4: 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -16,6 +17,7 @@ from roro_ray.gpu_checks import count_gpus
 
 Amounts = Mapping[str, float]
 _HIDDEN = ("object_store_memory", "node:")
+_OF_GROUP = re.compile(r"(^bundle|_group)_(\d+_)?[0-9a-f]{36}$")  # Ray's names for what placement groups hold
 _Amount = TypeVar("_Amount", float, str)
 ROLES = ("rollout", "learner", "reward", "engine")
 
@@ -116,7 +118,7 @@ def format_amounts(amounts: Amounts, asked: Amounts | None = None) -> str:
     """
     texts = []
     for key, value in sorted(amounts.items()):
-        if not value or math.isinf(value) or key.startswith(_HIDDEN):
+        if not value or math.isinf(value) or key.startswith(_HIDDEN) or _OF_GROUP.search(key):
             continue
         if key == "memory" and asked is not None and key not in asked:
             continue

@@ -124,6 +124,9 @@ def test_amounts_are_told_as_asked() -> None:
     assert format_amounts(there, {"CPU": 1.0}) == "CPU 4"
     assert format_amounts(there, {"memory": 1.0}) == "CPU 4, memory 8 GiB"
     assert format_amounts({"CPU": 0.0}) == "nothing"
+    group = "11ea5135c90ec43133d7b3e6a28101000000"  # as Ray names what a placement group holds
+    held = {f"CPU_group_0_{group}": 1.0, f"CPU_group_{group}": 2.0, f"bundle_group_{group}": 1000.0}
+    assert format_amounts({"CPU": 2.0, **held}) == "CPU 2"
     assert format_amounts({"memory": math.inf, "CPU": 1.0}) == "CPU 1"
 
 
