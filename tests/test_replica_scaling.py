@@ -19,6 +19,7 @@ def test_replicas_and_nodes_from_none_to_three_and_back() -> None:
     most = max(now for now, _ in seen["sizes"])
     assert most == 3 and max(nodes for now, nodes in seen["sizes"] if now == 3) == 4
     facts = seen["facts"]
-    assert facts["now"] == facts["wanted"] == 0 and facts["starts"] == facts["releases"] >= 4
+    assert facts["now"] == facts["wanted"] == 0
+    assert facts["starts"] == facts["releases"] >= 3  # one that was on its way out may come back
     assert facts["restarts"] == facts["hangs"] == 0
     assert facts["requests"] >= 40
