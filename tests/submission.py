@@ -14,8 +14,10 @@ from typing import Any
 
 from tests.processes import BIN, ROOT, running_ray
 
-# Of Ray's own, one in a cluster: it stays with whoever used Ray Train first, and asks for nothing.
-_RAYS_OWN = {"_AutoscalingCoordinatorActor"}
+# Of Ray's own, and asking for nothing: the first is one in a cluster and stays with whoever used Ray Train first; the
+# second removes the placement group of a training that was killed, and then means to end itself from a thread of its
+# own, where Ray's `exit_actor` ends the thread only (Ray 2.60).
+_RAYS_OWN = {"_AutoscalingCoordinatorActor", "PlacementGroupCleaner"}
 _ENDED = {"SUCCEEDED", "FAILED", "STOPPED"}
 
 
