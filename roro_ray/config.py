@@ -230,7 +230,7 @@ class RouterConfig:
     grad_clip: float = 1.0
     entropy: float = 0.02  # entropy bonus
     max_lag: int = 0  # router versions that rollouts are behind, and batches in the air beside it; 0: on-policy
-    objective: str = "ppo"  # ppo | decoupled: the ratio is clipped around the acting or the present weights (max_lag > 1)
+    objective: str = "ppo"  # ppo | decoupled (for max_lag > 1): clips around the acting or around the present weights
     weight_cap: float = 2.0  # with objective=decoupled: most that a decision made by earlier weights may count
     workers: int = 1  # Ray Train workers
     checkpoint_every: int = 5  # iterations

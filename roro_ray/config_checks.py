@@ -1,4 +1,4 @@
-"""What no type can say about the settings: ranges, choices, contradictions, and settings that would be ignored.
+"""What no type can say about the settings: ranges, choices and contradictions.
 
 Each message names the key, the value, what was expected and what to do; a contradiction names both keys.
 """
@@ -6,12 +6,11 @@ Each message names the key, the value, what was expected and what to do; a contr
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Collection
 from functools import reduce
 from typing import Any
 
-from roro_ray.cluster_checks import check_cluster, warn_unplaced
+from roro_ray.cluster_checks import check_cluster
 from roro_ray.config import Config, LoraConfig
 from roro_ray.data.sources import check_data
 from roro_ray.errors import ConfigError, did_you_mean
@@ -292,53 +291,3 @@ def _check_relations(settings: Config) -> None:
             "Lower the first or raise the second."
         )
     check_storage(settings)
-
-
-def warn_ignored(settings: Config, explicit: Collection[str]) -> None:
-    """Warn of every setting that the user gave and that another setting makes idle."""
-    warn_unplaced(settings)
-    greedy = settings.episode.temperature == 0
-    rules = (
-        (greedy, "pairs.continuations", "episode.temperature=0: greedy decoding repeats itself"),
-        (
-            settings.pairs.process_source != "interventions",
-            "pairs.continuations",
-            f"pairs.process_source={settings.pairs.process_source}",
-        ),
-        (not greedy, "pool.memo_entries", "episode.temperature > 0: only greedy steps are remembered"),
-        (settings.router.beta == 0, "router.credit", "router.beta=0: there is no process reward to credit"),
-        (settings.router.max_lag == 0, "router.objective", "router.max_lag=0: the acting weights are the present ones"),
-        (settings.router.objective == "ppo", "router.weight_cap", "router.objective=ppo"),
-        *(
-            (not settings.router.encoder, f"router.{key}", "router.encoder is empty")
-            for key in ("encoder_lr", "encoder_rank", "encoder_dtype", "gradient_checkpointing", "cache_mb")
-        ),
-        *(
-            (settings.faults.rollouts == "fail_fast", f"faults.{key}", "faults.rollouts=fail_fast")
-            for key in ("attempts", "pause_s", "max_failed_share")
-        ),
-        (
-            settings.faults.rollouts != "minimum_group",
-            "faults.min_group",
-            f"faults.rollouts={settings.faults.rollouts}",
-        ),
-        (settings.wandb.mode == "disabled", "wandb.project", "wandb.mode=disabled"),
-        *(
-            (settings.reward.rubric_source != "learned", key, f"reward.rubric_source={settings.reward.rubric_source}")
-            for key in ("reward.rounds", "reward.judge_updates", "reward.rubricor_updates")
-        ),
-        *(
-            (settings.reward.backend == "local", key, "reward.backend=local")
-            for key in sorted(explicit)
-            if key.startswith("reward.engine.")
-            or key in ("reward.publish_every", "reward.judge_tokens", "reward.judge_rows", "reward.rubric_tokens")
-        ),
-        *(
-            (not settings.lora.base, key, "lora.base is empty: no adapters are trained")
-            for key in sorted(explicit)
-            if key.startswith("lora.") and key != "lora.base"
-        ),
-    )
-    for idle, key, reason in rules:
-        if idle and key in explicit:
-            warnings.warn(f"{key}={get_setting(settings, key)} will be ignored ({reason}).", stacklevel=3)

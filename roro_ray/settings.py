@@ -21,7 +21,8 @@ from yaml import YAMLError
 
 from roro_ray import config as sections
 from roro_ray.config import Config, ModelConfig
-from roro_ray.config_checks import check_config, warn_ignored
+from roro_ray.config_checks import check_config
+from roro_ray.config_warnings import warn_settings
 from roro_ray.data.files import write_whole
 from roro_ray.errors import ConfigError, did_you_mean
 
@@ -48,7 +49,7 @@ def load_config(argv: Sequence[str] = (), file: str | Path | None = None, base: 
         explicit.add(_apply_override(tree, item))
     settings = _to_config(tree)
     check_config(settings)
-    warn_ignored(settings, explicit)
+    warn_settings(settings, explicit)
     return settings
 
 

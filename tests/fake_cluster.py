@@ -106,12 +106,17 @@ class Cluster:
             assert time.monotonic() < deadline, f"{there} nodes after {timeout_s} s, expected {count}"
             time.sleep(0.2)
 
-    def add_node(self, resources: Mapping[str, float], labels: Mapping[str, str] | None = None) -> int:
+    def add_node(
+        self, resources: Mapping[str, float], labels: Mapping[str, str] | None = None, timeout_s: float = 100
+    ) -> int:
         """Start a node, wait until it has joined, and give its number."""
         command = [str(BIN / "ray"), "start", "--block", f"--address={self.address}", "--node-ip-address=127.0.0.1"]
-        before = len(self.list_nodes())
+        before = {node["NodeID"] for node in self.list_nodes()}  # one that was killed may be among them for a while
         self.nodes.append(_start(command + _node_options(resources, labels or {}), self))
-        self.wait_for_nodes(before + 1)
+        deadline = time.monotonic() + timeout_s
+        while {node["NodeID"] for node in self.list_nodes()} <= before:
+            assert time.monotonic() < deadline, f"no node joined in {timeout_s} s"
+            time.sleep(0.2)
         return len(self.nodes) - 1
 
     def kill_node(self, number: int) -> None:

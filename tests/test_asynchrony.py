@@ -310,3 +310,9 @@ def test_settings_of_the_lag() -> None:
         load_config(["router.max_lag=1", "router.objective=decoupled", "router.weight_cap=0"])
     with pytest.warns(match=r"router\.objective=decoupled will be ignored \(router\.max_lag=0"):
         load_config(["router.objective=decoupled"])
+    with pytest.warns(match=r"router\.max_lag=2 with router\.objective=ppo learns too little"):
+        load_config(["router.max_lag=2"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_config(["router.max_lag=1"])
+        load_config(["router.max_lag=2", "router.objective=decoupled"])
