@@ -59,7 +59,7 @@ calibrate: $(STAMP)  ## measure what each cost weight gives (ARGS="run_dir=runs/
 test: $(STAMP)  ## all tests but those of test-cluster (TEST_JOBS=1: one after another)
 	$(BIN)/python -m pytest -m "not cluster" -n $(TEST_JOBS) --dist loadgroup $(ARGS)
 
-test-cluster: $(STAMP)  ## tests that start clusters of several nodes or run whole chains of jobs, one after another
+test-cluster: $(STAMP)  ## tests of minutes each: whole chains of jobs, serving on several nodes, the walk-through
 	$(BIN)/python -m pytest -m cluster $(ARGS)
 
 test-fast: $(STAMP)  ## tests that start no other process

@@ -12,8 +12,8 @@ from bench._serving_streams import percentiles
 from tests.processes import run_job, short_temp_dir
 
 
-@pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.timeout(600)
 def test_quick_run_tells_everything(tmp_path: Path) -> None:
     plot = tmp_path / "streams.png"

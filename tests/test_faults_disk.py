@@ -174,7 +174,7 @@ def test_evaluate(disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.cluster
+@pytest.mark.ray
 def test_learn_reward_as_a_job(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config, _ = make_run(tmp_path / "measured")
     saved = save_reward(make_reward(config.reward), tmp_path / "model")

@@ -29,7 +29,7 @@ from roro_ray.learning.router_run import read_metrics as read_rows
 from roro_ray.routing.router_files import load_router
 from tests.witness import Witness
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 METHOD = "grpo_outcome"
 NODE = {"CPU": 2, "spot": 1}
 

@@ -28,7 +28,7 @@ from roro_ray.reward.engine_reward import open_engine_reward, resolve_reward
 from roro_ray.reward.pair_store import index_pairs
 from tests.witness import WatchedEngine, Witness
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 class WatchedModel(WatchedEngine):

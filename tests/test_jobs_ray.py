@@ -111,7 +111,6 @@ def test_every_stage_as_a_job_leaves_its_result_and_a_log_to_read(
     cluster.wait_until_empty()
 
 
-@pytest.mark.cluster
 def test_a_collection_that_is_stopped_goes_on_and_equals_a_straight_one(
     cluster: Cluster, settings: Path, collected: tuple[RunDir, str], tmp_path: Path
 ) -> None:
@@ -170,7 +169,6 @@ def _read_iterations(run: RunDir) -> list[int]:
     return [int(record["iteration"]) for record in read_metrics(run.metrics_file) if "iteration" in record]
 
 
-@pytest.mark.cluster
 def test_exit_codes_of_jobs_are_told(cluster: Cluster, tmp_path: Path) -> None:
     shown = cluster.ray_job(
         *("submit", "--working-dir", ".", "--submission-id", "users-error", "--"),
@@ -184,7 +182,6 @@ def test_exit_codes_of_jobs_are_told(cluster: Cluster, tmp_path: Path) -> None:
     assert "TypeError" in cluster.read_log("our-error")
 
 
-@pytest.mark.cluster
 def test_a_job_with_a_ray_of_its_own_is_stopped_by_sigterm(tmp_path: Path) -> None:
     """With a Ray of its own, while two stages run side by side in threads and the main thread waits for both."""
     run = RunDir(tmp_path / "run")

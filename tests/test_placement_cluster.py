@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from fake_cluster import FakeType, fake_cluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 CHEAP = FakeType({"CPU": 1, "slot": 1}, {"tier": "cheap"}, most=3)
 TIER = {"tier": "in(cheap, spot)"}
 

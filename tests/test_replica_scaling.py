@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from fake_cluster import FakeType, fake_cluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(200)]
 
 
 def test_replicas_and_nodes_from_none_to_three_and_back() -> None:

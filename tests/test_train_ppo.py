@@ -182,7 +182,6 @@ def greedy_choices(directory: Path) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.slow
-@pytest.mark.cluster
 @pytest.mark.timeout(300)
 def test_ppo_learns_the_optimum_though_an_env_runner_is_killed(local_ray: None, tmp_path: Path) -> None:
     from actors.rllib import train_ppo
@@ -204,7 +203,6 @@ def test_ppo_learns_the_optimum_though_an_env_runner_is_killed(local_ray: None, 
 
 
 @pytest.mark.slow
-@pytest.mark.cluster
 @pytest.mark.timeout(300)
 def test_a_training_that_was_stopped_goes_on_from_its_checkpoint(local_ray: None, tmp_path: Path) -> None:
     from actors.rllib import train_ppo
@@ -277,7 +275,6 @@ def test_a_world_in_which_nothing_is_scored_ends_the_training(tmp_path: Path, mo
 
 
 @pytest.mark.slow
-@pytest.mark.cluster
 @pytest.mark.timeout(300)
 def test_the_job_trains_a_router_that_loads(local_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     from jobs.train_ppo import main
