@@ -75,7 +75,8 @@ def _serve(served: Served) -> Iterator[str]:
 
     config = served.config
     try:
-        serve.start(http_options={"host": config.host, "port": config.port, "request_timeout_s": None})
+        options = {"host": config.host, "port": config.port, "request_timeout_s": None}
+        serve.start(proxy_location="HeadOnly", http_options=options)  # Serve's own default: one on every node
         # Serve would write a line for every call between deployments; the server's own log has one a request.
         quiet = LoggingConfig(enable_access_log=False)
         serve.run(make_application(served), name="roro", route_prefix="/", logging_config=quiet)
