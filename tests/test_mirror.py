@@ -191,6 +191,18 @@ class Shelf(LocalFileSystem):
         super().put_file(lpath, rpath, **more)
 
 
+def test_a_relative_place_is_the_same_in_another_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mirror = Mirror("runs/mine")
+    assert mirror.place == "runs/mine", "as its user calls it"
+    sent = pickle.dumps(mirror.part("router/roro"))
+    monkeypatch.chdir(tmp_path.parent)  # as Ray Train's workers do
+    part = pickle.loads(sent)
+    assert part.path == tmp_path / "runs/mine/router/roro" and part.place == str(part.path)
+
+
 def test_where_uploads_are_seen_they_are_written_beside_and_renamed(tmp_path: Path) -> None:
     fsspec.register_implementation("shelf", Shelf, clobber=True)
     mirror = make_mirror(f"shelf://{tmp_path}/far/run", tmp_path / "cache")

@@ -56,7 +56,8 @@ class Mirror:
         self.place = str(place).rstrip("/") if self.is_remote else str(local_path(place))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Mirror, (self.place, self.storage, self.session))
+        # Whoever gets it may have another working directory: Ray Train's workers have one of their own.
+        return (Mirror, (name_place(self.place), self.storage, self.session))
 
     @cached_property
     def local(self) -> Path:
