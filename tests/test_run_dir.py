@@ -59,6 +59,28 @@ def test_a_directory_that_is_no_run_is_not_touched(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_a_place_that_cannot_be_used_is_told_with_its_setting(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for below in ("run", "run/deeper"):
+        with pytest.raises(ConfigError, match=rf"run_dir={tmp_path}/file/{below} cannot be used: .*Not a directory"):
+            open_run(settings(tmp_path / "file" / below))
+    with pytest.raises(ConfigError, match=r"run_dir=.* cannot be used: .*File name too long"):
+        saved_config(tmp_path / ("x" * 300))
+    cache = settings(tmp_path, f"storage.cache_dir={tmp_path}/file/cache").storage
+    with pytest.raises(ConfigError, match=rf"storage\.cache_dir={tmp_path}/file/cache cannot be used"):
+        saved_config("memory://nowhere/run", cache)
+
+
+def test_stages_side_by_side_forget_the_same_later_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = open_run(settings(tmp_path / "run"))
+    run.mark_done("evaluate")
+    both = list((run.path / "done").glob("evaluate*.json"))
+    run.reopen_after("train_router-roro")
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: iter(both))  # looked before the other removed it
+    run.reopen_after("train_router-grpo_outcome")
+    assert not run.is_done("evaluate")
+
+
 def test_a_line_cut_by_a_kill_harms_no_other(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     append_metrics(file, {"step": 1})

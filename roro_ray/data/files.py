@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from roro_ray.errors import FullDiskError
+from roro_ray.errors import ConfigError, FullDiskError, RoroError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # Writers in native code say only that they failed: with less room than this it was for want of it.
@@ -57,6 +57,27 @@ def explain_full_disk(path: Path) -> Iterator[None]:
         raise FullDiskError(
             f"{path} could not be written: no space is left on its file system. What was written before is whole. Make "
             "room there, or move the run directory to a larger disk, and run the same command again: it goes on."
+        ) from error
+
+
+@contextmanager
+def explain_unusable(setting: str) -> Iterator[None]:
+    """Turn what the system says of a folder that cannot be used (its rights, a file in its way) into a clear error.
+
+    Args:
+        setting: what names the folder, such as `run_dir=/shared/runs/one`.
+
+    Raises:
+        ConfigError: names it, and what the system said.
+    """
+    try:
+        yield
+    except RoroError:
+        raise
+    except OSError as error:
+        raise ConfigError(
+            f"{setting} cannot be used: {error}. Expected a folder in which this user may make files and read them: "
+            "correct its rights, or give another one."
         ) from error
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from roro_ray.cluster_config import StorageConfig
+from roro_ray.data.files import explain_unusable
 from roro_ray.data.lease import Lease
 from roro_ray.data.mirror_index import Index, is_below, is_ours, read_index, scan, side_by_side, stat_file
 from roro_ray.data.push_order import Phase, plan_push
@@ -225,9 +226,11 @@ class Mirror:
     @contextmanager
     def _locked(self) -> Iterator[Index]:
         """The index, for one process or thread of this node at a time; written back also where the block fails."""
-        self.local.mkdir(parents=True, exist_ok=True)
         file = self._folder / "index.json"
-        with (self._folder / "lock").open("w") as lock:
+        with explain_unusable(f"storage.cache_dir={self._folder.parent}"):
+            self.local.mkdir(parents=True, exist_ok=True)
+            lock_file = (self._folder / "lock").open("w")
+        with lock_file as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             index = read_index(file)
             try:

@@ -18,7 +18,7 @@ from typing import Any
 
 from roro_ray.cluster_config import StorageConfig
 from roro_ray.config import Config
-from roro_ray.data.files import write_whole
+from roro_ray.data.files import explain_unusable, write_whole
 from roro_ray.data.metrics_file import append_metrics as append_metrics
 from roro_ray.data.metrics_file import read_metrics as read_metrics
 from roro_ray.data.mirror import METRICS, Mirror
@@ -195,7 +195,7 @@ class RunDir:
         name = stage.partition("-")[0]
         for later in STAGES[STAGES.index(name) + 1 :] if name != "calibrate" else ():
             for marker in (self.path / "done").glob(f"{later}*.json"):
-                marker.unlink()
+                marker.unlink(missing_ok=True)  # a stage that runs beside this one may forget it too
         self.sync("done")
 
     def done_facts(self, stage: str) -> dict[str, Any]:
@@ -223,10 +223,16 @@ def open_run(config: Config) -> RunDir:
 
     Raises:
         ConfigError: the directory holds something else, or a key changed that shaped a stage that is already there; a
-            remote one cannot be reached with these options and credentials.
+            remote one cannot be reached with these options and credentials; it may not be written.
         DataError: another job works on a remote run, or its store does not answer.
     """
     run = RunDir(Mirror(config.run_dir, config.storage))
+    with explain_unusable(f"run_dir={run.place}"):
+        _open(run, config)
+    return run
+
+
+def _open(run: RunDir, config: Config) -> None:
     if not run.mirror.has(run.config_file.name) and run.mirror.has(""):
         raise ConfigError(
             f"run_dir={run.place} is not empty and holds no config.yaml, so it is no run. Choose another run_dir."
@@ -243,7 +249,6 @@ def open_run(config: Config) -> RunDir:
         with suppress(RoroError):  # what went wrong first is what counts
             run.close()
         raise
-    return run
 
 
 def saved_config(run_dir: str | Path, storage: StorageConfig | None = None) -> Config | None:
@@ -255,9 +260,10 @@ def saved_config(run_dir: str | Path, storage: StorageConfig | None = None) -> C
     mirror = Mirror(run_dir, storage)
     mirror.pull("config.yaml")
     file = RunDir(mirror).config_file
-    if not file.exists():
-        return None
-    config = load_saved_config(file)
+    with explain_unusable(f"run_dir={mirror.place}"):
+        if not file.exists():
+            return None
+        config = load_saved_config(file)
     return replace(config, storage=replace(config.storage, cache_dir=mirror.storage.cache_dir))
 
 
