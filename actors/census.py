@@ -26,17 +26,21 @@ class Census:
         self._reward = reward
         self._engine = engine
         self._before = self._count()
-        self._taken = dict.fromkeys(self._before, 0)
+        self._total = dict.fromkeys(self._before, 0)
+        self._taken = dict(self._total)
 
     def total(self) -> dict[str, int]:
         """`worker_deaths`, `engine_deaths`, `reward_restarts` and the like so far, of the kinds that there are."""
-        now = self._count()
-        return {name: max(now[name] - self._before[name], 0) for name in now}
+        for name, count in self._count().items():
+            # Who keeps a count may not answer, or be started again and know less: no count ever falls.
+            before = self._before.setdefault(name, count)
+            self._total[name] = max(self._total.get(name, 0), count - before)
+        return dict(self._total)
 
     def take(self) -> dict[str, int]:
         """The same since the last call."""
         total = self.total()
-        new = {name: total[name] - self._taken[name] for name in total}
+        new = {name: total[name] - self._taken.get(name, 0) for name in total}
         self._taken = total
         return new
 
