@@ -43,6 +43,7 @@ class Breaker:
             SilentReplicaError: the call takes longer than `step_timeout_s`.
         """
         if self.is_open:
+            self.suspect()  # whoever asked for signs of life may have ended, with an event loop
             raise self._closed_off()
         try:
             async with asyncio.timeout(self._rescue.step_timeout_s) as scope:
@@ -74,7 +75,8 @@ class Breaker:
                 self.is_open = True
             now = asyncio.get_running_loop().time()
             for scope in self._unanswered:
-                scope.reschedule(now)
+                if not scope.expired():  # a call that ends already may take its time, and cannot be told again
+                    scope.reschedule(now)
             await asyncio.sleep(self._rescue.probe_s)
         if self.is_open:
             logger.warning("%s: answers again", self.name)

@@ -382,6 +382,55 @@ async def test_an_errors_inside_a_guard_stay_what_they_are() -> None:
     assert not isinstance(caught.value, SilentReplicaError)
 
 
+async def test_a_call_that_takes_long_to_end_does_not_keep_the_breaker_open_for_good() -> None:
+    lives: list[bool] = []
+
+    async def probe() -> None:
+        if not lives:
+            raise EngineUnavailableError("no sign of life")
+
+    breaker = Breaker("it", probe, RESCUE)
+
+    async def call() -> None:
+        async with breaker.guard():
+            try:
+                await asyncio.sleep(60)
+            finally:
+                await asyncio.sleep(5 * RESCUE.probe_s)  # as long as the breaker takes to look at it again
+
+    task = asyncio.create_task(call())
+    await asyncio.sleep(0)
+    breaker.suspect()
+    with pytest.raises(EngineUnavailableError):
+        await task
+    lives.append(True)
+    await wait_until(lambda: not breaker.is_open)
+
+
+def test_a_breaker_that_was_open_when_its_event_loop_ended_closes_in_the_next() -> None:
+    lives: list[bool] = []
+
+    async def probe() -> None:
+        if not lives:
+            raise EngineUnavailableError("no sign of life")
+
+    breaker = Breaker("it", probe, RESCUE)
+
+    async def fail() -> None:
+        breaker.suspect()
+        await wait_until(lambda: breaker.is_open)
+
+    async def recover() -> None:
+        with pytest.raises(EngineUnavailableError):
+            async with breaker.guard():
+                pass
+        await wait_until(lambda: not breaker.is_open)
+
+    asyncio.run(fail())
+    lives.append(True)
+    asyncio.run(recover())
+
+
 # The router
 
 
