@@ -123,7 +123,9 @@ def pack(bundles: Sequence[Bundle], nodes: Sequence[Node]) -> bool:
     total = add_amounts([node.resources for node in nodes])
 
     def size(bundle: Bundle) -> float:
-        return max((value / total.get(key, value) for key, value in bundle.resources.items() if value > 0), default=0.0)
+        return max(
+            (value / (total.get(key) or value) for key, value in bundle.resources.items() if value > 0), default=0.0
+        )
 
     for bundle in sorted(bundles, key=size, reverse=True):
         place = next(

@@ -119,6 +119,10 @@ def test_packing_puts_the_large_first_and_minds_labels() -> None:
     assert not pack([Bundle({"CPU": 2.0})] * 3 + [small], [Node({"CPU": 3.5})] * 2), "7 CPUs, and never three pairs"
 
 
+def test_nothing_packs_where_a_resource_is_used_up() -> None:
+    assert not pack([Bundle({"CPU": 1})], [Node({"CPU": 0.0, "memory": 1.0})])
+
+
 def test_amounts_are_told_as_asked() -> None:
     there = {"CPU": 4.0, "memory": 8 * 2.0**30, "object_store_memory": 1e9, "node:10.0.0.1": 1.0, "GPU": 0.0}
     assert format_amounts(there, {"CPU": 1.0}) == "CPU 4"
