@@ -142,6 +142,10 @@ class ActorReplica:
             facts: EngineFacts = await wait_async(
                 self.actor.ready.remote(), f"model {self.name}: ready", self._load_timeout_s, self.actor
             )
+        except RayTaskError as error:  # the actor lives, and cannot load its model: asked again it would not either
+            raise EngineError(
+                f"model {self.name} cannot be loaded: {type(error.cause).__name__}: {error.cause}"
+            ) from error
         except RayError as error:
             raise _make_lost(error) from error
         return facts

@@ -172,7 +172,8 @@ class Group:
         self._lost += 1
         self._trouble = str(error)
         self._version += 1
-        self._retry_at, self._pause_s = now + self._pause_s, min(2 * self._pause_s, _MOST_PAUSE_S)
+        if now >= self._retry_at:  # several that fail together are one try
+            self._retry_at, self._pause_s = now + self._pause_s, min(2 * self._pause_s, _MOST_PAUSE_S)
         logger.warning("model %s: a replica could not be started: %s", self.name, error)
 
     def _look_at_leave(self, key: str, leave: _Leave, now: float) -> None:
