@@ -38,6 +38,7 @@ Facts = dict[str, dict[str, int]]
 Listener = Callable[[Facts], None]
 _TICK_S = 0.5
 _STEP_SHARE = 0.25  # of an episode's deadline, for one call: so that there is time for others
+_READY_SHARE = 0.9  # of the pool's deadline, for a first replica: its worker can tell why none came
 
 
 class Fleet:
@@ -123,17 +124,25 @@ def start_engines(config: Config, make: MakeEngine = make_model_engine) -> Fleet
         least, most = count_replicas(config, model.name)
         scaler = Scaler(least, most, config.ray.replica_target, config.ray.replica_idle_s)
         group = Group(model.name, scaler, partial(starter.start, model), config.ray.timeout_s)
-        options = FleetOptions(
-            timeout_s=config.episode.timeout_s,
-            step_timeout_s=config.ray.step_timeout_s or _STEP_SHARE * config.episode.timeout_s,
-            load_timeout_s=config.ray.timeout_s,
-            gathers=gathers(model),
-            elastic=group.is_elastic,
-        )
+        options = make_options(config, model)
         replicas = {} if group.is_elastic else group.replicas()
         groups.append(group)
         engines.append(ReplicaEngine(model.name, replicas, options, BoardRegistry(board)))
     return Fleet(engines, board, groups)
+
+
+def make_options(config: Config, model: ModelConfig) -> FleetOptions:
+    """How the replicas of a model of the pool are asked."""
+    (least, most), settings = count_replicas(config, model.name), config.ray
+    launch_s = (settings.grow_timeout_s or settings.timeout_s) if not least else 0.0
+    return FleetOptions(
+        timeout_s=config.episode.timeout_s,
+        step_timeout_s=settings.step_timeout_s or _STEP_SHARE * config.episode.timeout_s,
+        load_timeout_s=settings.timeout_s,
+        gathers=gathers(model),
+        elastic=most > least,
+        ready_timeout_s=launch_s + _READY_SHARE * settings.timeout_s,
+    )
 
 
 class _Starter:

@@ -6,12 +6,13 @@ import asyncio
 import pickle
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from roro_ray.engines.lanes import Ticket
 from roro_ray.engines.protocol import EngineFacts, StepRequest
 from roro_ray.engines.replica_engine import ReplicaEngine
 from roro_ray.engines.replicas import Answer, Counts, FleetOptions, Item, ReplicaGoneError, ReplicaLostError, Roster
@@ -276,6 +277,61 @@ async def test_a_model_that_cannot_be_loaded_is_told_at_once() -> None:
     engine = make_elastic(LocalRegistry(trouble="no such model"))
     with pytest.raises(EngineUnavailableError, match="no replica can be started: no such model"):
         await engine.generate_step(StepRequest("Q\n\n", 20))
+
+
+async def test_a_model_that_could_not_be_loaded_is_still_wanted_and_used_as_soon_as_it_can_be() -> None:
+    registry = LocalRegistry(trouble="no such model")
+    engine = make_elastic(registry)
+    for _ in range(2):
+        del registry.reports[:]
+        with pytest.raises(EngineUnavailableError, match="no such model"):
+            await engine.generate_step(StepRequest("Q\n\n", 20))
+        assert max(demand for demand, _ in registry.reports) == 1  # else nobody starts one again
+    registry.trouble, registry.replicas = "", {"r0": LocalReplica("r0")}
+    assert (await engine.generate_step(StepRequest("Q\n\n", 20))).text
+
+
+async def test_the_first_replica_is_waited_for_longer_than_an_episode_may_take() -> None:
+    class LateRegistry(LocalRegistry):
+        async def exchange(self, model: str, holder: str, demand: int, counts: Counts) -> Roster | None:
+            await asyncio.sleep(0.2)
+            return await super().exchange(model, holder, demand, counts)
+
+    late = LateRegistry(LocalReplica("r0"))
+    options = FleetOptions(0.1, 5.0, 5.0, gathers=False, elastic=True, ready_timeout_s=5.0)
+    assert (await ReplicaEngine("large", {}, options, late).ready()).name == "scripted"
+    with pytest.raises(EngineUnavailableError, match=r"no replica was there in 0.3 s"):
+        await ReplicaEngine("large", {}, replace(options, ready_timeout_s=0.3)).ready()
+
+
+async def test_who_waits_behind_others_that_lost_their_replicas_is_not_told_of_missing_replicas() -> None:
+    slow = LocalReplica("r0", delay_s=0.5)
+    engine = make_engine(slow, timeout_s=0.3, step_timeout_s=5.0)
+    tickets = [Ticket(StepRequest(f"{i}\n\n", 20), attempts=3) for i in range(2)]
+    first, second = await asyncio.gather(
+        *(engine._ask_carefully("r0", ticket) for ticket in tickets), return_exceptions=True
+    )
+    assert not isinstance(first, BaseException)
+    assert isinstance(second, EngineUnavailableError) and "asked one at a time" in str(second)
+    assert "no replica was there" not in str(second)
+
+
+async def test_what_went_elsewhere_since_its_replica_is_down_counts_as_moved_and_stays_there() -> None:
+    replicas = [LocalReplica("r0"), LocalReplica("r1")]
+    engine = make_engine(*replicas)
+    prefix = "Question 1\n\n"
+    await engine.generate_step(StepRequest(prefix, 20))
+    home = next(replica for replica in replicas if replica.served)
+    other = next(replica for replica in replicas if not replica.served)
+    home.restarts_in = 0.05
+    home.die()
+    await engine.generate_step(StepRequest(prefix, 20))
+    assert other.served == [prefix]
+    assert engine.counts.moved == 1
+    while len(engine.balance.up) < 2:  # a test has a deadline
+        await asyncio.sleep(0.02)
+    await engine.generate_step(StepRequest(prefix + "Step 1\n\n", 20))
+    assert len(other.served) == 2  # whose cache is the warm one now
 
 
 async def test_adapters_reach_every_replica_and_those_that_come_later() -> None:

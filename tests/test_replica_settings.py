@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from actors.fleet import make_options
 from roro_ray.errors import ConfigError
 from roro_ray.placement import count_replicas
 from roro_ray.plan import describe_plan
@@ -16,6 +17,15 @@ def test_replicas_of_a_model() -> None:
     assert count_replicas(config, "small") == (1, 1)
     assert "engines in actors (small 1, large 0 to 4)" in describe_plan(config)
     assert "one actor per model" in describe_plan(load_config(["pool.placement=actors"]))
+
+
+def test_a_first_replica_whose_node_is_launched_is_waited_for_as_long_as_that_may_take() -> None:
+    waits = ["pool.placement=actors", "ray.grow_timeout_s=1800", "ray.timeout_s=200"]
+    config = load_config([*waits, "ray.replicas={small: [1, 2], large: [0, 4]}"])
+    small, large = (make_options(config, model) for model in config.pool.models)
+    assert small.elastic and large.elastic and small.timeout_s == 600
+    assert 100 < small.ready_timeout_s < 200  # its first one's resources are there, or the stage would not have begun
+    assert 1800 < large.ready_timeout_s < 2000
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ class Balance:
 
     def pick(self, prefix: str) -> str | None:
         """The replica for a request and its prefix, None where none is up. The caller tells `take` and `give_back`."""
-        if len(self._up) < 2:
+        if len(self._members) < 2 or not self._up:
             return next(iter(self._up), None)
         if self._clock() >= self._look_at:
             self._weigh()

@@ -141,14 +141,15 @@ class Crew:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _MOST_PAUSE_S)
 
-    async def wait_until(self, condition: Callable[[], bool]) -> None:
+    async def wait_until(self, condition: Callable[[], bool], timeout_s: float | None = None) -> None:
         """Wait for a condition on the replicas.
 
         Raises:
-            EngineUnavailableError: it is not true within a request's time, or can never be.
+            EngineUnavailableError: it is not true within `timeout_s` (None: a request's time), or can never be.
         """
+        timeout_s = self.options.timeout_s if timeout_s is None else timeout_s
         try:
-            async with asyncio.timeout(self.options.timeout_s):
+            async with asyncio.timeout(timeout_s):
                 while not condition():
                     self._check_hope()
                     self.tend()
@@ -159,11 +160,21 @@ class Crew:
                     finally:
                         self._waiters.discard(future)
         except TimeoutError:
-            raise EngineUnavailableError(
-                f"model {self.name}: no replica was there in {self.options.timeout_s:g} s "
-                f"({len(self.balance.members)} known, none up{'; ' + self.trouble if self.trouble else ''}). Where "
-                "the cluster has no room, add nodes or lower ray.replicas; else see the replicas' logs."
-            ) from None
+            raise EngineUnavailableError(self._describe_wait(timeout_s)) from None
+
+    def _describe_wait(self, timeout_s: float) -> str:
+        if self.balance.up:
+            return (
+                f"model {self.name}: a request over which replicas were lost waited {timeout_s:g} s for others like "
+                "it, which are asked one at a time in the end. See the replicas' logs; a model whose steps take "
+                "longer needs a higher ray.step_timeout_s."
+            )
+        trouble = f"; {self.trouble}" if self.trouble else ""
+        return (
+            f"model {self.name}: no replica was there in {timeout_s:g} s ({len(self.balance.members)} known, none "
+            f"up{trouble}). Where the cluster has no room, add nodes or lower ray.replicas; else see the replicas' "
+            "logs."
+        )
 
     def _check_hope(self) -> None:
         """Refuse to wait for what cannot come."""

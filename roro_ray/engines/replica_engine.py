@@ -100,7 +100,8 @@ class ReplicaEngine:
             self._open += 1
             try:
                 self._nudge()
-                await self._crew.wait_until(lambda: self._facts is not None)
+                await self._ask_again()
+                await self._crew.wait_until(lambda: self._facts is not None, self.options.ready_timeout_s)
             finally:
                 self._open -= 1
         if self._facts is None:
@@ -147,6 +148,7 @@ class ReplicaEngine:
                 if len(self.balance.up) < len(self.balance.members):
                     self._crew.tend()
                 if key is None:
+                    await self._ask_again()
                     await self._crew.wait_until(lambda: bool(self.balance.up))
                     continue
                 try:
@@ -186,6 +188,11 @@ class ReplicaEngine:
                 f"model {self.name}: {ticket.attempts} replicas in turn were lost over one request, the last one with: "
                 f"{error}. See their logs; a model whose steps take longer needs a higher ray.step_timeout_s."
             ) from error
+
+    async def _ask_again(self) -> None:
+        """Where no replica could be started: that one is wanted still must be told, and it may have come meanwhile."""
+        if self._crew.trouble and not self.balance.members:
+            await self._exchange()
 
     def _nudge(self) -> None:
         self._crew.start("report", self._report)

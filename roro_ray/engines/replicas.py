@@ -69,6 +69,7 @@ class FleetOptions:
             takes seconds, a shared call would hold back all its steps until the longest of them is written.
         elastic: replicas come and go, so that none is no failure.
         attempts: replicas that a request is given to in all.
+        ready_timeout_s: of the first replica, where they come and go: a node may have to be launched for it.
     """
 
     timeout_s: float = 600.0
@@ -77,6 +78,7 @@ class FleetOptions:
     gathers: bool = True
     elastic: bool = False
     attempts: int = 4
+    ready_timeout_s: float = 600.0
 
 
 @dataclass(slots=True)
