@@ -109,6 +109,9 @@ class RoutingService:
                 await self.refresh()
             except (RoroError, TimeoutError, OSError) as error:
                 logger.debug("models or routers could not be asked: %s", error)
+            except Exception:  # the border: without this task the server would say for ever that it is loading
+                logger.exception("models or routers could not be asked")
+                await asyncio.sleep(_POLL_S)
             await asyncio.sleep(_POLL_S if self._routers is not None else _POLL_S / 10)
 
     async def refresh(self) -> RouterList:

@@ -80,6 +80,21 @@ async def test_unknown_addresses_and_methods() -> None:
         assert (await client.head("/healthz")).status_code == 405
 
 
+async def test_an_error_that_nobody_foresaw_while_it_loads_does_not_end_loading(caplog: Any) -> None:
+    served = make_served()
+    ready, failures = served.service.backend.ready, [ZeroDivisionError("once")]
+
+    async def fail_at_first() -> Any:
+        if failures:
+            raise failures.pop(0)
+        return await ready()
+
+    served.service.backend.ready = fail_at_first  # type: ignore[method-assign]
+    async with running(served) as client:
+        assert (await client.get("/healthz")).status_code == 200
+    assert "once" in caplog.text
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_while_loading(stream: bool) -> None:
     class Loading(ScriptedEngine):
