@@ -23,13 +23,15 @@ from roro_ray.config import RayConfig
 logger = logging.getLogger(__name__)
 
 # One thread per process: with two, OpenMP's busy waiting makes processes that share cores 10 to 100 times slower.
-# Train's controller polls every 2 s by default, and `ray.train.report` waits for it.
+# Train's controller polls every 2 s by default, and `ray.train.report` waits for it. Its workers would change into a
+# directory of their own, where a relative lora.base or router.encoder is not found.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 # Logical CPUs of a cluster that we start: actors ask for half a CPU and mostly wait for each other.
@@ -63,7 +65,7 @@ def open_cluster(config: RayConfig, verbose: bool = False) -> Iterator[ClusterFa
     if ray.is_initialized():
         yield _look(started=False)
         return
-    address = os.environ.get("RAY_ADDRESS", "local") if config.address == "auto" else config.address
+    address = (os.environ.get("RAY_ADDRESS") or "local") if config.address == "auto" else config.address
     if address != "local":
         with _kept_handler():
             ray.init(address=address, log_to_driver=verbose, logging_level=logging.WARNING)
