@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from roro_ray.data.mirror import Part
+from roro_ray.data.stores import check_shared
 from roro_ray.errors import CheckpointError
 from roro_ray.learning.checkpoints import list_checkpoints
 from roro_ray.learning.lm_run import CHECKPOINTS
@@ -49,7 +50,12 @@ def meet(part: Part, rank: int, world: int, names: Sequence[str]) -> None:
 
 
 def train_storage(part: Part) -> dict[str, Any]:
-    """Where Ray Train keeps its own notes, as arguments of `RunConfig`: every node must see the place."""
+    """Where Ray Train keeps its own notes, as arguments of `RunConfig`: every node must see the place.
+
+    Raises:
+        ConfigError: only this process sees it.
+    """
+    check_shared(part.mirror.place)
     if not part.mirror.is_remote:
         return {"storage_path": str(part.path / _TRAIN_NOTES)}
     from pyarrow.fs import FSSpecHandler, PyFileSystem

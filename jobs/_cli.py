@@ -29,6 +29,7 @@ from jobs._terminal import say, take_over_warnings
 from jobs._wandb import WandbMirror
 from roro_ray.config import Config
 from roro_ray.data.run_dir import RunDir, open_run, saved_config
+from roro_ray.data.stores import check_shared, is_remote, local_path
 from roro_ray.errors import ConfigError, RoroError
 from roro_ray.plan import describe_plan
 from roro_ray.settings import describe_settings, load_config
@@ -167,8 +168,12 @@ def _end_at_once(code: int) -> NoReturn:
 
 
 def _check_place(config: Config) -> None:
-    """Refuse to write results where Ray deletes them: a submitted job runs in an unpacked copy of its upload."""
-    if _COPIES in Path.cwd().parts and "://" not in config.run_dir and not Path(config.run_dir).is_absolute():
+    """Refuse to write results where nobody else sees them, or where Ray deletes them: a submitted job runs in an
+    unpacked copy of its upload."""
+    check_shared(config.run_dir)
+    if _COPIES not in Path.cwd().parts or is_remote(config.run_dir):
+        return
+    if not local_path(config.run_dir).is_absolute():
         raise ConfigError(
             f"run_dir={config.run_dir} is relative, and this job runs in a copy of the working directory that Ray "
             "deletes afterwards. Give an absolute path that every node sees, such as run_dir=/shared/runs/one, or a "

@@ -44,7 +44,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     """
     for key, value in _leaves(options):
         name = key.rpartition(".")[2].lower()
-        if (_SECRET.search(name) and name not in _HARMLESS and value not in _WAYS) or (
+        if (_SECRET.search(name) and name not in _HARMLESS and str(value) not in _WAYS) or (
             isinstance(value, str) and _USER_AND_PASSWORD.search(value)
         ):
             raise ConfigError(

@@ -214,7 +214,16 @@ def test_a_relative_run_is_refused_where_ray_would_delete_it(
     monkeypatch.chdir(copy)
     assert run_with(lambda *_: None, "run_dir=runs/mine") == 2
     assert "run_dir=runs/mine is relative" in capsys.readouterr().err and not (copy / "runs").exists()
+    assert run_with(lambda *_: None, "run_dir=file://runs/mine") == 2
+    assert "run_dir=file://runs/mine is relative" in capsys.readouterr().err and not (copy / "runs").exists()
     assert run_with(lambda *_: None, f"run_dir={tmp_path}/r") == 0
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run_with(lambda *_: None, "run_dir=~/mine") == 0 and (tmp_path / "mine" / "config.yaml").is_file()
+
+
+def test_a_run_in_memory_is_refused_since_nobody_else_would_see_it(capsys) -> None:
+    assert run_with(lambda *_: None, "run_dir=memory://bucket/run") == 2
+    assert "run_dir=memory://bucket/run lies in the memory of one process" in capsys.readouterr().err
 
 
 def test_a_collision_names_the_key_and_the_way_out(tmp_path: Path, capsys) -> None:

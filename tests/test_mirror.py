@@ -8,6 +8,7 @@ import shutil
 import threading
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -201,6 +202,12 @@ def test_a_relative_place_is_the_same_in_another_working_directory(
     monkeypatch.chdir(tmp_path.parent)  # as Ray Train's workers do
     part = pickle.loads(sent)
     assert part.path == tmp_path / "runs/mine/router/roro" and part.place == str(part.path)
+
+
+def test_a_link_stays_what_other_nodes_know(tmp_path: Path) -> None:
+    (tmp_path / "mount").mkdir()
+    (tmp_path / "shared").symlink_to(tmp_path / "mount")
+    assert pickle.loads(pickle.dumps(Mirror(tmp_path / "shared/run"))).place == f"{tmp_path}/shared/run"
 
 
 def test_where_uploads_are_seen_they_are_written_beside_and_renamed(tmp_path: Path) -> None:
@@ -462,6 +469,17 @@ def test_secrets_are_refused_where_they_would_be_saved(key: str) -> None:
     with pytest.raises(ConfigError, match="looks like a secret") as caught:
         load_config([f"storage.options={value}"])
     assert "hunter2" not in str(caught.value) and "environment" in str(caught.value)
+
+
+def test_google_storage_that_refuses_is_told_at_once(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("Forbidden: https://storage.googleapis.com/b/bucket\nno storage.objects.get")  # as gcsfs does
+
+    store = Mirror(place).store
+    monkeypatch.setattr(store, "_system", SimpleNamespace(invalidate_cache=lambda: None, cat_file=refuse))
+    monkeypatch.setattr(store, "_pauses_s", ())
+    with pytest.raises(ConfigError, match="not allowed to read x"):
+        store.read("x")
 
 
 def test_options_and_places_that_are_none() -> None:

@@ -69,6 +69,7 @@ def test_an_empty_value_is_an_empty_string_and_numbers_convert() -> None:
         ("reward.kind_weights={outcom: 1}", ["did you mean 'outcome'"]),
         ("wandb.mode=[", ["not a YAML value"]),
         ("run_dir=https://host/x", ["expected a path or the URI", "s3://bucket/run"]),
+        ("storage.options={token: [a]}", ["storage.options.token looks like a secret"]),
         ("run_dir=${nothing}", ["do not resolve"]),
     ],
 )

@@ -273,8 +273,11 @@ class Part:
 
 
 def name_place(place: str | Path) -> str:
-    """A place as a process elsewhere finds it: an absolute path, or the URI."""
-    return str(place) if is_remote(place) else str(local_path(place).resolve())
+    """A place as a process elsewhere finds it: an absolute path, or the URI.
+
+    Symbolic links stay: on another node the same name may lead elsewhere, to the mount of one shared folder.
+    """
+    return str(place) if is_remote(place) else str(local_path(place).absolute())
 
 
 def fetch(place: str | Path, storage: StorageConfig, *names: str) -> Path:

@@ -56,9 +56,22 @@ def is_remote(place: str | Path) -> bool:
 
 
 def local_path(place: str | Path) -> Path:
-    """The path that a local place (a path, or a `file://` URI) names."""
+    """The path that a local place (a path, or a `file://` URI) names; `~` is the user's home."""
     text = str(place)
-    return Path(text.partition("://")[2] if "://" in text else text)
+    return Path(os.path.expanduser(text.partition("://")[2] if "://" in text else text))
+
+
+def check_shared(place: str | Path) -> None:
+    """Refuse a place that only the process that made it can see.
+
+    Raises:
+        ConfigError: it lies in this process's memory.
+    """
+    if str(place).startswith("memory://"):
+        raise ConfigError(
+            f"run_dir={place} lies in the memory of one process: neither Ray's workers nor the next job would see it. "
+            "Give a path, or the URI of a store such as s3://bucket/run."
+        )
 
 
 class Store:
@@ -233,7 +246,8 @@ def _explain_lasting(error: Exception, place: str, protocol: str, what: str) -> 
     """The clear form of an error that no other try cures; None for one that may pass."""
     package = _PACKAGES.get(protocol, protocol)
     kind = type(error).__name__.lower()
-    if isinstance(error, PermissionError) or any(sign in kind for sign in _CREDENTIAL_ERRORS):
+    refused = isinstance(error, PermissionError) or str(error).startswith("Forbidden: ")  # the latter is gcsfs
+    if refused or any(sign in kind for sign in _CREDENTIAL_ERRORS):
         variables = _ENVIRONMENT.get(package, f"what {package} reads")
         return ConfigError(
             f"{place}: not allowed to {what} ({_name(error)}). Expected credentials in the environment of this process "
