@@ -57,7 +57,7 @@ calibrate: $(STAMP)  ## measure what each cost weight gives (ARGS="run_dir=runs/
 	$(BIN)/python -m jobs.calibrate $(ARGS)
 
 test: $(STAMP)  ## all tests but those of test-cluster (TEST_JOBS=1: one after another)
-	$(BIN)/python -m pytest -m "not cluster" -n $(TEST_JOBS) --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -m "not cluster" -n $(TEST_JOBS) --dist loadfile $(ARGS)
 
 test-cluster: $(STAMP)  ## tests of minutes each: whole chains of jobs, serving on several nodes, the walk-through
 	$(BIN)/python -m pytest -m cluster $(ARGS)

@@ -37,6 +37,7 @@ ENVIRONMENT = {
 # Logical CPUs of a cluster that we start: actors ask for half a CPU and mostly wait for each other.
 _LOGICAL_PER_CORE = 2
 _LEAST_LOGICAL = 4
+_CALLERS: list[threading.Thread] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ def open_cluster(config: RayConfig, verbose: bool = False) -> Iterator[ClusterFa
         try:
             yield _look(started=False)
         finally:
-            ray.shutdown()
+            _leave()
         return
     temp_dir = Path(tempfile.mkdtemp(prefix="roro-ray-"))
     finished = False
@@ -81,11 +82,29 @@ def open_cluster(config: RayConfig, verbose: bool = False) -> Iterator[ClusterFa
         yield _look(started=True)
         finished = True
     finally:
-        ray.shutdown()
+        _leave()
         if finished:
             shutil.rmtree(temp_dir, ignore_errors=True)
         else:
             logger.warning("Ray's logs are kept in %s", temp_dir)
+
+
+def note_caller(thread: threading.Thread) -> None:
+    """Tell of a thread that is inside Ray's own code, where it cannot be stopped, until its work is over."""
+    _CALLERS.append(thread)
+
+
+def _leave() -> None:
+    """Disconnect from Ray, or stay until the process ends where a thread has been left behind in a call.
+
+    Its next word to a Ray that was shut down would end the process at once, with exit code 1 and nothing written. Ray
+    ends the actors of a driver that is gone, and a Ray that it started ends with it.
+    """
+    import ray
+
+    _CALLERS[:] = [thread for thread in _CALLERS if thread.is_alive()]
+    if not _CALLERS:
+        ray.shutdown()
 
 
 def _look(started: bool) -> ClusterFacts:

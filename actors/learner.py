@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.capacity import wait_for_resources
+from actors.cluster import note_caller
 from actors.placement import make_scaling
 from actors.publish import BoardClient, Heard
 from actors.reward_service import RewardClient
@@ -164,6 +165,7 @@ class _Watch:
         thread = threading.Thread(target=self._fit, name=f"train {self._name}", daemon=True)
         patience = _rollout_patience(config) + (config.reward.timeout_s if config.router.beta else 0.0) + _START_S
         thread.start()
+        note_caller(thread)
         last = time.monotonic()
         while thread.is_alive():
             thread.join(_POLL_S)

@@ -21,6 +21,7 @@ from typing import Any
 import ray
 
 from actors.capacity import wait_for_resources
+from actors.cluster import note_caller
 from actors.command_board import CommandBoard, GroupFacts
 from actors.lm_worker import POLL_S, LmJob, Stop, serve_commands
 from actors.placement import make_scaling
@@ -92,6 +93,7 @@ class LmLearner:
         board = ray.remote(CommandBoard).options(num_cpus=0).remote()
         learner = cls(LmJob(lora, adapters, tuple(names), config.seed, board), bundle)
         learner._thread.start()
+        note_caller(learner._thread)
         try:
             learner._wait_until_up()
         except BaseException:

@@ -7,25 +7,37 @@ on two cores start their workers too late for Ray's own deadlines.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import setuptools  # noqa: F401  # vLLM imports it late, and it refuses once the standard library's distutils is there
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    alone = {item.path for item in items if _starts_ray(item)}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path in alone else item.path.stem))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of pytest-xdist: who runs what. (Its own `--dist loadgroup` does not see groups under pytest 9.)"""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneRayScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if _starts_ray(config.rootpath / file) else file
+
+    return OneRayScheduling(config, log)
 
 
-def _starts_ray(item: pytest.Item) -> bool:
-    named = item.get_closest_marker("ray") or item.get_closest_marker("cluster")
-    return named is not None or "local_ray" in getattr(item, "fixturenames", ())
+@lru_cache
+def _starts_ray(file: Path) -> bool:
+    """Whether any test of a file does."""
+    return re.search(r"\blocal_ray\b|\bmark\.(ray|cluster)\b", file.read_text("utf-8")) is not None
 
 
 @pytest.fixture(scope="session")

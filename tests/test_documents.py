@@ -34,7 +34,7 @@ def read_curl(command: str) -> tuple[str, dict[str, str], str]:
 
 def check_make(command: str) -> None:
     words = shlex.split(command)
-    shown = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    shown = subprocess.run(["make", "-nB", *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert shown.returncode == 0 and "python -m" in shown.stdout, (command, shown.stderr)
     arguments = dict(word.split("=", 1) for word in words[2:]).get("ARGS", "")
     if words[1] == "serve":

@@ -277,9 +277,30 @@ def test_stages_run_together_and_the_first_failure_is_raised() -> None:
     both = threading.Barrier(2, timeout=20)
     run_together(both.wait, both.wait)
 
+    unwound = []
+
+    def work() -> None:
+        try:
+            while True:
+                time.sleep(0.01)
+        finally:
+            unwound.append("work")
+
     def fail() -> None:
         raise EngineError("first")
 
+    with pytest.raises(EngineError, match="first"):
+        run_together(work, fail)
+    assert unwound == ["work"], "the other stage gives back what it holds before the failure is told"
+
+
+def test_a_stage_that_cannot_be_stopped_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    import threading
+
+    def fail() -> None:
+        raise EngineError("first")
+
+    monkeypatch.setattr("jobs._together._UNWIND_S", 0.1)
     with pytest.raises(EngineError, match="first"):
         run_together(threading.Event().wait, fail)
 

@@ -193,7 +193,7 @@ def test_a_job_with_a_ray_of_its_own_is_stopped_by_sigterm(tmp_path: Path) -> No
             assert process.poll() is None and time.monotonic() < deadline, (temp_dir / "job.log").read_text()[-3000:]
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 143
+        assert process.wait(60) == 143, (temp_dir / "job.log").read_text()[-3000:]
         assert "Stopped by SIGTERM" in (temp_dir / "job.log").read_text()
         _wait_until_ended(temp_dir)
     *_, last = read_metrics(run.metrics_file)
