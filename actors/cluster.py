@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from roro_ray.config import RayConfig
+from roro_ray.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ ENVIRONMENT = {
 # Logical CPUs of a cluster that we start: actors ask for half a CPU and mostly wait for each other.
 _LOGICAL_PER_CORE = 2
 _LEAST_LOGICAL = 4
+_ANSWER_S = 10.0
 _CALLERS: list[threading.Thread] = []
 
 
@@ -58,7 +61,8 @@ def open_cluster(config: RayConfig, verbose: bool = False) -> Iterator[ClusterFa
     anything else is joined.
 
     Raises:
-        ConnectionError: no cluster answers at the address to join.
+        ConfigError: nobody answers at the address to join, or it is that of a dashboard.
+        ConnectionError: somebody answers there, and is no Ray that can be joined.
     """
     set_environment()
     import ray
@@ -68,6 +72,7 @@ def open_cluster(config: RayConfig, verbose: bool = False) -> Iterator[ClusterFa
         return
     address = (os.environ.get("RAY_ADDRESS") or "local") if config.address == "auto" else config.address
     if address != "local":
+        _check_answers(address)
         with _kept_handler():
             ray.init(address=address, log_to_driver=verbose, logging_level=logging.WARNING)
         try:
@@ -87,6 +92,27 @@ def open_cluster(config: RayConfig, verbose: bool = False) -> Iterator[ClusterFa
             shutil.rmtree(temp_dir, ignore_errors=True)
         else:
             logger.warning("Ray's logs are kept in %s", temp_dir)
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself waits for ever for a head that is not there."""
+    named = f"the address of Ray to join is {address!r} (ray.address, or RAY_ADDRESS where that is auto)"
+    if address.startswith(("http://", "https://")):
+        head = address.split("//")[1].split(":")[0]
+        raise ConfigError(
+            f"{named}: a dashboard's. Give the head's own, such as {head}:6379, or submit the job there: "
+            f"`ray job submit --address {address} ..`."
+        )
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdecimal():
+        return  # Ray has names of its own, such as `auto`
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"{named}: nobody answers there ({error}). Is the head up (`ray status --address={address}`), and its port "
+            "open to this machine? With ray.address=local the job starts a Ray of its own."
+        ) from error
 
 
 def note_caller(thread: threading.Thread) -> None:

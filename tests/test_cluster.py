@@ -8,6 +8,7 @@ import pytest
 
 from actors import cluster
 from roro_ray.config import RayConfig
+from roro_ray.errors import ConfigError
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -36,3 +37,25 @@ def test_an_empty_address_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "_look", lambda started: started)
     with cluster.open_cluster(RayConfig()) as own:
         assert own and started == [RayConfig().object_store_mb], "as the doctor says of it"
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("127.0.0.1:1", r"'127\.0\.0\.1:1'.*nobody answers there.*ray status --address=127\.0\.0\.1:1"),
+        ("http://10.0.0.1:8265", r"a dashboard's.*10\.0\.0\.1:6379.*ray job submit --address http://10\.0\.0\.1:8265"),
+    ],
+)
+def test_an_address_where_no_ray_is_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch, address: str, told: str
+) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **given: pytest.fail("this would wait for ever"))
+    for by_setting in (True, False):
+        monkeypatch.setenv("RAY_ADDRESS", "" if by_setting else address)
+        with pytest.raises(ConfigError, match=told), cluster.open_cluster(
+            RayConfig(address=address if by_setting else "auto")
+        ):
+            pass
