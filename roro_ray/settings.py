@@ -103,6 +103,8 @@ def _merge_file(tree: DictConfig, path: Path) -> set[str]:
         loaded = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}. Mend the line that it names.") from error
+    except OSError as error:  # also what OmegaConf says of a file that holds one number or word
+        raise ConfigError(f"{path} cannot be read: {error}. Expected sections such as `router:` with keys.") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} holds a {type(loaded).__name__}, expected sections such as `router:` with keys.")
     content = cast("dict[str, Any]", OmegaConf.to_container(loaded))

@@ -111,6 +111,7 @@ def test_how_much_may_be_lost() -> None:
         ) as e:
             policy.check(lost(borne + 1), 20, "stage")
         assert str(pickle.loads(pickle.dumps(e.value))) == str(e.value)
+    Retry(max_share=0.29).check(lost(29), 100, "stage")  # 0.29 * 100 is less than 29
 
 
 def test_a_query_that_keeps_too_few_is_left_out_of_a_collection(tmp_path: Path) -> None:

@@ -123,6 +123,7 @@ def test_defaults_never_warn(recwarn: pytest.WarningsRecorder) -> None:
         ("routr: {beta: 1}", "routr"),
         ("- 1", "expected sections"),
         ("a: [", "not valid YAML"),
+        ("5", "cannot be read.*Expected sections"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path: Path, content: str, word: str) -> None:

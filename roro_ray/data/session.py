@@ -77,7 +77,7 @@ class _Repeated(threading.Thread):
             try:
                 self._action()
                 told = ""
-            except RoroError as error:
+            except (RoroError, OSError) as error:
                 if str(error) != told:
                     logger.warning("%s", error)
                 told = str(error)
