@@ -121,8 +121,7 @@ def start_engines(config: Config, make: MakeEngine = make_model_engine) -> Fleet
     starter = _Starter(config, make)
     groups, engines = [], []
     for model in config.pool.models:
-        least, most = count_replicas(config, model.name)
-        scaler = Scaler(least, most, config.ray.replica_target, config.ray.replica_idle_s)
+        scaler = Scaler(*count_replicas(config, model.name), config.ray.replica_target, config.ray.replica_idle_s)
         group = Group(model.name, scaler, partial(starter.start, model), config.ray.timeout_s)
         options = make_options(config, model)
         replicas = {} if group.is_elastic else group.replicas()

@@ -57,7 +57,7 @@ class Mirror:
         self.place = str(place).rstrip("/") if self.is_remote else str(local_path(place))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Whoever gets it may have another working directory: Ray Train's workers have one of their own.
+        # Whoever gets it, on this node or another, may have another working directory.
         return (Mirror, (name_place(self.place), self.storage, self.session))
 
     @cached_property
